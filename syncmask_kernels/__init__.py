@@ -1,0 +1,36 @@
+"""Synchronized masking for vision-language pretraining, as fused PyTorch operators.
+
+>>> import torch, syncmask_kernels as smk
+>>> attn = torch.rand(2, 4, 6, 17).softmax(dim=-1)  # [batch, head, word, image CLS + 16 patches]
+>>> smk.sync_topk_mask(attn, patch_ratio=0.25).patch_mask.sum(dim=1)
+tensor([4, 4])
+"""
+
+from syncmask_kernels._version import __version__
+from syncmask_kernels.attention import attention_map, head_average
+from syncmask_kernels.backends import BackendError, build_info, use_backend
+from syncmask_kernels.selection import (
+    Complement,
+    SyncMask,
+    TopK,
+    complement,
+    sync_topk_mask,
+    sync_topk_mask_qk,
+    topk_mask,
+)
+
+__all__ = [
+    "BackendError",
+    "Complement",
+    "SyncMask",
+    "TopK",
+    "__version__",
+    "attention_map",
+    "build_info",
+    "complement",
+    "head_average",
+    "sync_topk_mask",
+    "sync_topk_mask_qk",
+    "topk_mask",
+    "use_backend",
+]

@@ -1,0 +1,64 @@
+"""Argument checks of the public functions: name the argument, what came, what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def rank(name: str, value: Tensor, *layouts: str) -> None:
+    """`layouts` such as "[B, H, T, S]": the tensor must have as many dimensions as one of them."""
+    tensor(name, value)
+    if value.dim() not in [layout.count(",") + 1 for layout in layouts]:
+        raise ValueError(f"{name} must be {' or '.join(layouts)}, got shape {tuple(value.shape)}")
+
+
+def shape(name: str, value: Tensor, layout: str, sizes: Sequence[int]) -> None:
+    tensor(name, value)
+    if tuple(value.shape) != tuple(sizes):
+        raise ValueError(
+            f"{name} must be {layout} = {tuple(sizes)}, got shape {tuple(value.shape)}"
+        )
+
+
+def dtype(name: str, value: Tensor, *wanted: torch.dtype) -> None:
+    tensor(name, value)
+    if value.dtype not in wanted:
+        names = " or ".join(str(d).removeprefix("torch.") for d in wanted)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be of type {names}, got {got}")
+
+
+def floating(name: str, value: Tensor) -> None:
+    dtype(name, value, *FLOATS)
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name} ({other.device}), got {value.device}"
+        )
+
+
+def fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def index(name: str, value: int, size: int, of: str) -> None:
+    if not 0 <= value < max(size, 1):
+        raise ValueError(f"{name} must be in [0, {of}) = [0, {size}), got {value}")
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,0 +1,82 @@
+"""Masking tokens and patches, and moving masked rows, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncmask_kernels.backends.eager.philox import philox
+
+Runs = tuple[tuple[int, int], ...]
+
+
+def token_valid(input_ids: Tensor, special_runs: Runs) -> Tensor:
+    """True where a token is in none of the runs of special ids (first, last)."""
+    valid = torch.ones_like(input_ids, dtype=torch.bool)
+    for first, last in special_runs:
+        valid = valid & ((input_ids < first) | (input_ids > last))
+    return valid
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    token_mask: Tensor,
+    mask_id: int,
+    words: int,
+    special_runs: Runs,
+    bounds: tuple[int, int],
+    ignore_index: int,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Token t of row b owns the Philox counter (t, b, 0, 0).
+
+    Its first random word is compared with `bounds` (mask below the first, replace below the
+    second), its second one draws one of the `words` ids that are not special.
+    """
+    batch, tokens = input_ids.shape
+    column = torch.arange(tokens, device=input_ids.device).expand(batch, tokens)
+    row = torch.arange(batch, device=input_ids.device).unsqueeze(1).expand(batch, tokens)
+    zero = torch.zeros_like(column)
+    action, draw, _, _ = philox(seed, (column, row, zero, zero))
+    word = (draw * words) >> 32
+    for first, last in special_runs:
+        word = torch.where(word >= first, word + (last - first + 1), word)
+    replaced = torch.where(action < bounds[1], word, input_ids)
+    replaced = torch.where(action < bounds[0], mask_id, replaced)
+    masked_ids = torch.where(token_mask, replaced, input_ids)
+    return masked_ids, torch.where(token_mask, input_ids, ignore_index)
+
+
+def mask_patches(patches: Tensor, patch_mask: Tensor, mask_token: Tensor) -> Tensor:
+    """patches [B, P, D] with mask_token [D] where patch_mask [B, P] is True."""
+    return torch.where(patch_mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
+
+
+def flat_rows(ids: Tensor, positions: int) -> Tensor:
+    """ids [B, K] -> [B * K] rows of a tensor [B * positions, ...]; -1 points to position 0."""
+    start = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1) * positions
+    return (start + ids.clamp(min=0)).flatten()
+
+
+def _padding(ids: Tensor, like: Tensor) -> Tensor:
+    return (ids < 0).reshape(*ids.shape, *(1,) * (like.dim() - 2))
+
+
+def gather_masked(x: Tensor, ids: Tensor, fill: float) -> Tensor:
+    """x [B, N, ...], ids [B, K] -> [B, K, ...]; rows of id -1 are `fill`."""
+    batch, positions, *rest = x.shape
+    if positions == 0:
+        return x.new_full((*ids.shape, *rest), fill)
+    # index_select on rows is several times faster on a CPU than gather with an expanded index.
+    rows = x.flatten(0, 1).index_select(0, flat_rows(ids, positions))
+    return rows.reshape(*ids.shape, *rest).masked_fill(_padding(ids, x), fill)
+
+
+def scatter_masked(x: Tensor, ids: Tensor, positions: int) -> Tensor:
+    """x [B, K, ...], ids [B, K] -> [B, positions, ...], zero where no id points."""
+    batch, _, *rest = x.shape
+    out = x.new_zeros(batch * positions, *rest)
+    if positions > 0:
+        rows = x.masked_fill(_padding(ids, x), 0).flatten(0, 1)
+        out = out.index_add(0, flat_rows(ids, positions), rows)
+    return out.reshape(batch, positions, *rest)

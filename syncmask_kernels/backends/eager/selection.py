@@ -1,0 +1,229 @@
+"""Scores and exact top-k selection in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncmask_kernels.backends.eager.attention import head_average
+from syncmask_kernels.backends.request import Count, Scoring, Selection, SyncRequest
+
+
+def order_keys(scores: Tensor, valid: Tensor | None, largest: bool) -> Tensor:
+    """Integers in the order of (excluded, NaN, -score): the larger the earlier.
+
+    The bits of a float, with the magnitude flipped where it is negative, order as the float does;
+    no float has the two lowest integers, which serve for NaN and for excluded positions. Unlike
+    floats, integers keep denormals apart where the processor flushes them to zero.
+    """
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    signed = scores if largest else -scores
+    bits = signed.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    info = torch.iinfo(bits.dtype)
+    bits = bits.masked_fill(bits == info.min, 0)  # -0.0 equals 0.0
+    keys = torch.where(bits < 0, bits ^ info.max, bits).masked_fill(signed.isnan(), info.min + 1)
+    return keys if valid is None else keys.masked_fill(~valid, info.min)
+
+
+def row_counts(valid: Tensor, count: Count) -> Tensor:
+    """valid [..., N] -> how many positions each row selects [..., 1]."""
+    available = valid.sum(dim=-1, keepdim=True)
+    if count.k is not None:
+        return torch.minimum(count.k.unsqueeze(-1).clamp(min=0), available)
+    if count.den == 0:
+        return available.clamp(max=count.num)
+    return (available * count.num + (count.den - 1)) // count.den
+
+
+def ids_of(mask: Tensor, width: int) -> Tensor:
+    """mask [..., N] -> ids [..., width] of the True positions, ascending, padded with -1."""
+    slots = torch.where(mask, mask.cumsum(dim=-1) - 1, width)
+    positions = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    ids = torch.full((*mask.shape[:-1], width + 1), -1, device=mask.device)
+    return ids.scatter(-1, slots, positions)[..., :width]
+
+
+def topk_mask(
+    scores: Tensor, valid: Tensor | None, count: Count, largest: bool
+) -> tuple[Tensor, Tensor]:
+    """scores [..., N] -> mask [..., N], ids [..., width]."""
+    order = order_keys(scores, valid, largest).sort(dim=-1, descending=True, stable=True).indices
+    available = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
+    ranks = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    first = ranks < row_counts(available, count)
+    mask = torch.zeros_like(first).scatter(-1, order, first)
+    return mask, ids_of(mask, count.width)
+
+
+def word_mask(scores: Tensor, valid: Tensor, word_ids: Tensor, count: Count) -> Tensor:
+    """Select whole words: the score of a word is that of its best piece, counts are of words."""
+    valid = valid & (word_ids >= 0)
+    same = (word_ids.unsqueeze(-1) == word_ids.unsqueeze(-2)) & valid.unsqueeze(-2)
+    same = same & valid.unsqueeze(-1)
+    # A word is represented by its first piece, which carries the best key of all its pieces.
+    first = valid & (same.to(torch.int8).argmax(dim=-1) == _positions(valid))
+    keys = order_keys(scores, valid, True)
+    lowest = torch.iinfo(keys.dtype).min
+    best = torch.where(same, keys.unsqueeze(-2), lowest).amax(dim=-1)
+    order = best.masked_fill(~first, lowest).sort(dim=-1, descending=True, stable=True).indices
+    chosen = _positions(valid) < row_counts(first, count)
+    leaders = torch.zeros_like(valid).scatter(-1, order, chosen)
+    return (same & leaders.unsqueeze(-2)).any(dim=-1)
+
+
+def _positions(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[-1], device=like.device).expand(like.shape)
+
+
+def _token_valid(scoring: Scoring) -> Tensor:
+    if scoring.token_valid is not None:
+        return scoring.token_valid
+    size = (scoring.attn.shape[1], scoring.attn.shape[3])
+    return torch.ones(size, dtype=torch.bool, device=scoring.attn.device)
+
+
+def _patch_mean(scoring: Scoring) -> Tensor:
+    """The head mean [B, T, P]; 0 at excluded patches."""
+    mean = head_average(scoring.attn, scoring.skip_keys)
+    if scoring.patch_valid is None:
+        return mean
+    return mean.masked_fill(~scoring.patch_valid.unsqueeze(1), 0.0)
+
+
+def _column_share(attn: Tensor, lse: Tensor | None, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the valid words of the logits ``log attn + lse``, [L, B, H, T, P].
+
+    Also the derivative of each unnormalised weight by `attn`, divided by its column's total. A
+    patch that no word looks at (all zero) is shared by none.
+    """
+    slope = valid[:, None, :, None].to(attn.dtype)
+    if lse is not None:
+        lse = lse.to(attn.dtype).masked_fill(~valid[:, None, :], float("-inf"))
+        top = lse.detach().amax(dim=-1, keepdim=True)
+        slope = (lse - top.masked_fill(top == float("-inf"), 0.0)).exp().unsqueeze(-1)
+    weights = torch.where(slope == 0, 0.0, attn * slope)
+    total = weights.sum(dim=-2, keepdim=True)
+    total = total.masked_fill(total == 0, 1.0)
+    return weights / total, slope / total
+
+
+def _wide_attn(scoring: Scoring) -> Tensor:
+    """The probabilities of the patches in the type of the scores; 0 at excluded patches."""
+    attn = scoring.attn[..., scoring.skip_keys :]
+    attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
+    if scoring.patch_valid is None:
+        return attn
+    return attn.masked_fill(~scoring.patch_valid[:, None, None, :], 0.0)
+
+
+def sync_scores(scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """The scores of patches [B, P] and words [B, T]; excluded positions score 0."""
+    valid = _token_valid(scoring)
+    mean = _patch_mean(scoring)
+    if scoring.patch_score == "cls":
+        patch = mean[:, scoring.cls_index]
+    else:
+        words = valid.sum(dim=-1, keepdim=True).clamp(min=1)
+        patch = mean.masked_fill(~valid.unsqueeze(-1), 0.0).sum(dim=1) / words
+    per_patch = mean
+    if scoring.token_score != "max":
+        attn = _wide_attn(scoring)
+        share, _ = _column_share(attn, scoring.lse, valid)
+        per_patch = (share * attn if scoring.token_score == "dual" else share).mean(dim=(0, 2))
+    if scoring.token_score == "dual":
+        token = per_patch.sum(dim=-1)
+    elif mean.shape[-1] == 0:
+        token = mean.sum(dim=-1)
+    else:
+        token = per_patch.max(dim=-1).values
+    return patch, token.masked_fill(~valid, 0.0)
+
+
+def sync_scores_backward(
+    scoring: Scoring, patch_grad: Tensor, token_grad: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `sync_scores` by attn and lse, for the backends without autograd of their own.
+
+    With share n = w / Σ w over words, a gradient g of n reaches w as (g - Σ n g) / Σ w.
+    """
+    layers, _, heads, _, _ = scoring.attn.shape
+    valid = _token_valid(scoring)
+    mean = _patch_mean(scoring)
+    token_grad = token_grad.masked_fill(~valid, 0.0).unsqueeze(-1) / (layers * heads)
+    patch_grad = patch_grad / (layers * heads)
+    grad_mean = torch.zeros_like(mean)
+    if scoring.patch_score == "cls":
+        grad_mean[:, scoring.cls_index] = patch_grad
+    else:
+        words = valid.sum(dim=-1, keepdim=True).clamp(min=1)
+        grad_mean += (patch_grad / words).unsqueeze(1) * valid.unsqueeze(-1)
+    grad_lse = None if scoring.lse is None else torch.zeros_like(scoring.lse)
+    if scoring.token_score == "max" and mean.shape[-1] > 0:
+        best = mean.max(dim=-1, keepdim=True).indices
+        grad_mean.scatter_add_(-1, best, token_grad)
+    grad = grad_mean[None, :, None].expand(*scoring.attn.shape[:-1], mean.shape[-1])
+    if scoring.token_score != "max":
+        attn = _wide_attn(scoring)
+        share, slope = _column_share(attn, scoring.lse, valid)
+        if scoring.token_score == "dual":
+            grad_share = token_grad[None, :, None] * attn
+            grad = grad + token_grad[None, :, None] * share
+        else:
+            picked = torch.zeros_like(mean)
+            if mean.shape[-1] > 0:
+                best = share.mean(dim=(0, 2)).max(dim=-1, keepdim=True).indices
+                picked.scatter_(-1, best, token_grad)
+            grad_share = picked[None, :, None].expand_as(share)
+        centred = grad_share - (share * grad_share).sum(dim=-2, keepdim=True)
+        grad = grad + slope * centred
+        if scoring.lse is not None:
+            grad_lse = (share * centred).sum(dim=-1).to(scoring.lse.dtype)
+    if scoring.patch_valid is not None:
+        grad = grad.masked_fill(~scoring.patch_valid[:, None, None, :], 0.0)
+    grad = torch.nn.functional.pad(grad, (scoring.skip_keys, 0))
+    return grad.to(scoring.attn.dtype), grad_lse
+
+
+def value_distance(values: Tensor, patch_valid: Tensor | None, skip_keys: int) -> Tensor:
+    """values [L, B, H, S, D] -> ``‖v_p - v̄‖`` [L, B, H, S], v̄ the mean over valid patches.
+
+    The skipped keys are no patches and get 0.
+    """
+    patches = values[..., skip_keys:, :]
+    patches = patches.to(torch.promote_types(values.dtype, torch.float32))
+    if patch_valid is None:
+        mean = patches.mean(dim=-2, keepdim=True)
+    else:
+        listed = patch_valid[:, None, :, None]
+        total = patches.masked_fill(~listed, 0.0).sum(dim=-2, keepdim=True)
+        mean = total / listed.sum(dim=-2, keepdim=True).clamp(min=1)
+    distance = torch.linalg.vector_norm(patches - mean, dim=-1)
+    return torch.nn.functional.pad(distance, (skip_keys, 0))
+
+
+def sync_topk_mask(request: SyncRequest) -> Selection:
+    """Score both sides and select both."""
+    patch_scores, token_scores = request.patch_scores, request.token_scores
+    if patch_scores is None or token_scores is None:
+        patch, token = sync_scores(request.scoring)
+        patch_scores = patch if patch_scores is None else patch_scores
+        token_scores = token if token_scores is None else token_scores
+    for_patches = _with_noise(patch_scores, request.patch_noise)
+    for_tokens = _with_noise(token_scores, request.token_noise)
+    patch_mask, patch_ids = topk_mask(for_patches, request.scoring.patch_valid, request.patch_count, True)
+    if request.word_ids is None:
+        token_mask, token_ids = topk_mask(
+            for_tokens, request.scoring.token_valid, request.token_count, True
+        )
+    else:
+        token_mask = word_mask(
+            for_tokens, _token_valid(request.scoring), request.word_ids, request.token_count
+        )
+        token_ids = ids_of(token_mask, request.token_count.width)
+    return Selection(patch_mask, token_mask, patch_ids, token_ids, patch_scores, token_scores)
+
+
+def _with_noise(scores: Tensor, noise: Tensor | None) -> Tensor:
+    scores = scores.detach()
+    return scores if noise is None else scores + noise.to(scores.dtype)

@@ -1,0 +1,88 @@
+"""The dispatcher's view of the fused operators: one schema and one fake for all backends.
+
+Each backend owns the overload that carries its name (``syncmask::sync_topk_mask.cpu``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncmask_kernels.backends.request import TOKEN_SCORES, Count, SyncRequest
+
+SCHEMAS = {
+    "topk_mask": (
+        "(Tensor scores, Tensor? valid, Tensor? k, SymInt num, SymInt den, SymInt width,"
+        " bool largest) -> (Tensor mask, Tensor ids)"
+    ),
+    "sync_topk_mask": (
+        "(Tensor attn, Tensor? lse, Tensor? token_valid, Tensor? patch_valid,"
+        " int cls_row, int token_rule, int skip_keys,"
+        " Tensor? patch_k, SymInt patch_num, SymInt patch_den, SymInt patch_width,"
+        " Tensor? token_k, SymInt token_num, SymInt token_den, SymInt token_width,"
+        " Tensor? patch_scores, Tensor? token_scores,"
+        " Tensor? patch_noise, Tensor? token_noise, Tensor? word_ids)"
+        " -> (Tensor patch_mask, Tensor token_mask, Tensor patch_ids, Tensor token_ids,"
+        " Tensor patch_scores, Tensor token_scores)"
+    ),
+}
+
+
+def sync_arguments(request: SyncRequest) -> tuple[Any, ...]:
+    """A request in the order of the schema; cls_row is -1 for the mean over words."""
+    s = request.scoring
+    return (
+        *(s.attn, s.lse, s.token_valid, s.patch_valid),
+        s.cls_index if s.patch_score == "cls" else -1,
+        TOKEN_SCORES.index(s.token_score),
+        s.skip_keys,
+        *request.patch_count,
+        *request.token_count,
+        *request[3:],
+    )
+
+
+def define(op: str, backend: str) -> Any:
+    """Declare the backend's overload of `op` and its fake; returns the overload to call."""
+    torch.library.define(f"syncmask::{op}.{backend}", SCHEMAS[op])
+    torch.library.register_fake(f"syncmask::{op}.{backend}", _FAKES[op])
+    return getattr(getattr(torch.ops.syncmask, op), backend)
+
+
+def _fake_topk_mask(
+    scores: Tensor, valid: Tensor | None, k: Tensor | None, num: int, den: int, width: int,
+    largest: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = scores.shape[:-1]
+    return (
+        scores.new_empty(scores.shape, dtype=torch.bool),
+        scores.new_empty((*rows, width), dtype=torch.int64),
+    )
+
+
+def _fake_sync_topk_mask(
+    attn: Tensor,
+    lse: Tensor | None,
+    token_valid: Tensor | None,
+    patch_valid: Tensor | None,
+    cls_row: int,
+    token_rule: int,
+    skip_keys: int,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    _, batch, _, tokens, keys = attn.shape
+    patches = keys - skip_keys
+    patch_count, token_count = Count(*rest[:4]), Count(*rest[4:8])
+    return (
+        attn.new_empty((batch, patches), dtype=torch.bool),
+        attn.new_empty((batch, tokens), dtype=torch.bool),
+        attn.new_empty((batch, patch_count.width), dtype=torch.int64),
+        attn.new_empty((batch, token_count.width), dtype=torch.int64),
+        attn.new_empty((batch, patches), dtype=torch.float32),
+        attn.new_empty((batch, tokens), dtype=torch.float32),
+    )
+
+
+_FAKES = {"topk_mask": _fake_topk_mask, "sync_topk_mask": _fake_sync_topk_mask}
