@@ -26,6 +26,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    """No compiler: torch would serve for nothing. A torch named in the environment: it must do."""
     try:
         find_compiler()
     except Unbuildable:
@@ -33,7 +34,7 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     try:
         find_torch()
     except Unbuildable:
-        return [f"torch>={MINIMUM_TORCH}"]
+        return [] if os.environ.get("SYNCMASK_TORCH_DIR") else [f"torch>={MINIMUM_TORCH}"]
     return []
 
 

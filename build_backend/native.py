@@ -37,8 +37,13 @@ CXX_FLAGS = [
     *DEFINES,
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *DEFINES]
-# A CPU build of torch has no libtorch_cuda to link with; at run time the real one is loaded.
-CUDA_STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+# A CPU build of torch has no libtorch_cuda to link with, so every build links with an empty double
+# of these functions of it; at run time the real library is there, or the load fails.
+CUDA_SHIMS = (
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+)
 
 
 class Unbuildable(Exception):
@@ -89,8 +94,8 @@ def find_compiler() -> list[str]:
     """The C++ compiler's command: $CXX, or the first of the usual names."""
     if sys.platform != "linux":
         raise Unbuildable("native libraries are built on Linux only")
-    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else []
-    candidates = candidates or [["c++"], ["g++"], ["clang++"]]
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
     for command in candidates:
         if shutil.which(command[0]):
             return command
@@ -99,9 +104,9 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str:
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    in_homes = [str(Path(home, "bin", "nvcc")) for home in homes if home]
-    for candidate in [*in_homes[:-1], "nvcc", in_homes[-1]]:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    named = [f"{home}/bin/nvcc" for home in homes]
+    for candidate in [*named, "nvcc", "/usr/local/cuda/bin/nvcc"]:
         if found := shutil.which(candidate):
             return found
     raise Unbuildable("no nvcc in CUDA_HOME or on PATH")
@@ -119,29 +124,30 @@ def build_cpu(sources: list[Path], include: Path, work: Path, output: Path) -> s
 
 def build_cuda(sources: list[Path], include: Path, work: Path, output: Path) -> str:
     """Build the CUDA library and tell what built it."""
-    nvcc, compiler, torch = find_nvcc(), find_compiler(), find_torch()
+    compiler, torch = find_compiler(), find_torch()
+    nvcc = [find_nvcc(), "-ccbin", compiler[-1]]
     architectures = _architectures(nvcc)
     flags = [*NVCC_FLAGS, *_gencode(architectures), *_includes(torch, include)]
-    objects = _compile_all([nvcc, "-ccbin", compiler[0], *flags], sources, work)
-    stub = work / "stub.cpp"
-    stub.write_text(CUDA_STUB)
-    library = work / "libtorch_cuda.so"
-    soname = f"-Wl,-soname,{library.name}"
-    _call([*compiler, "-shared", "-fPIC", soname, str(stub), "-o", str(library)])
+    objects = _compile_all([*nvcc, *flags], sources, work)
+    double = work / "libtorch_cuda.so"
+    source = work / "libtorch_cuda.cpp"
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in CUDA_SHIMS))
+    soname = f"-Wl,-soname,{double.name}"
+    _call([*compiler, "-shared", "-fPIC", soname, str(source), "-o", str(double)])
     link = ["-shared", "-Xlinker=-z,defs", "-Xlinker=--no-as-needed", f"-L{work}"]
     link += ["-ltorch_cuda", f"-L{torch.folder / 'lib'}", "-ltorch_cpu"]
-    _call([nvcc, "-ccbin", compiler[0], *objects, *link, "-o", str(output)])
+    _call([*nvcc, *objects, *link, "-o", str(output)])
     names = " ".join(f"sm_{number}" for number in architectures)
-    return f"{_version_line([nvcc])}, {names}, torch {torch.version}"
+    return f"{_version_line(nvcc)}, {names}, torch {torch.version}"
 
 
 def _includes(torch: Torch, include: Path) -> list[str]:
     return [f"-I{include}", "-isystem", str(torch.folder / "include")]
 
 
-def _architectures(nvcc: str) -> list[int]:
+def _architectures(nvcc: list[str]) -> list[int]:
     known = {
-        int(number) for number in re.findall(r"compute_(\d+)", _call([nvcc, "--list-gpu-arch"]))
+        int(number) for number in re.findall(r"compute_(\d+)", _call([*nvcc, "--list-gpu-arch"]))
     }
     return [number for number in CUDA_ARCHITECTURES if number in known]
 
@@ -174,8 +180,8 @@ def _call(command: list[str]) -> str:
         raise Unbuildable(f"{command[0]} does not run: {error}") from error
     print(done.stdout + done.stderr, end="", flush=True)
     if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-        raise Unbuildable(f"{shlex.join(command)} failed ({done.returncode}): {tail}")
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+        raise Unbuildable(f"{command[0]} failed with exit status {done.returncode}: {tail}")
     return done.stdout
 
 
