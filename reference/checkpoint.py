@@ -1,0 +1,148 @@
+"""Checkpoints: folders of safetensors and JSON that are either complete or not there.
+
+``<run>/checkpoints/step-00000800/`` holds the model, its teacher, the optimiser, the schedule, the
+step, the configuration and the tokenizer. There is no generator state: all randomness of a step is
+a function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerFast
+
+from reference.config import PretrainConfig
+from reference.model import SyncMaskModel
+from reference.run_files import atomic_path, load_json, save_json
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+@dataclass
+class TrainState:
+    """What training changes, and what a checkpoint keeps."""
+
+    model: SyncMaskModel
+    teacher: SyncMaskModel
+    optimizer: Optimizer
+    schedule: LambdaLR
+    step: int = 0
+    seconds: float = 0.0
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((Path(run_dir) / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    state: TrainState,
+    config: PretrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """Write a checkpoint and delete all but the newest `config.keep_checkpoints`.
+
+    The folder gets its name when all its files are on the disk; older ones go after that.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; the older checkpoints are still there.
+    """
+    folder = Path(run_dir) / "checkpoints" / f"step-{state.step:08d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    try:
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            try:
+                _write(temporary, state, config, tokenizer)
+            except BaseException:
+                shutil.rmtree(temporary)
+                raise
+    except (OSError, SafetensorError) as error:
+        kept = checkpoints(run_dir)
+        last = f"the last complete one is {kept[-1]}" if kept else "there is none before it"
+        raise CheckpointError(f"cannot write checkpoint {folder}: {error}; {last}") from error
+    for old in checkpoints(run_dir)[: -config.keep_checkpoints]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _write(
+    folder: Path, state: TrainState, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    optimizer = state.optimizer.state_dict()
+    moments = {
+        f"{parameter}.{name}": value
+        for parameter, values in optimizer["state"].items()
+        for name, value in values.items()
+    }
+    tensors = {
+        "model": state.model.state_dict(),
+        "teacher": state.teacher.state_dict(),
+        "optimizer": moments,
+    }
+    for name, values in tensors.items():
+        with atomic_path(folder / f"{name}.safetensors") as temporary:
+            save_file(values, temporary)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    save_json(folder / "config.json", asdict(config))
+    progress = {
+        "step": state.step,
+        "seconds": state.seconds,
+        "param_groups": optimizer["param_groups"],
+        "schedule": state.schedule.state_dict(),
+    }
+    save_json(folder / "state.json", progress)
+
+
+def load_checkpoint(folder: str | Path, state: TrainState) -> None:
+    """Put what `save_checkpoint` wrote into `state`, in place."""
+    folder = Path(folder)
+    progress = load_json(folder / "state.json")
+    state.model.load_state_dict(load_file(folder / "model.safetensors"))
+    state.teacher.load_state_dict(load_file(folder / "teacher.safetensors"))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        parameter, name = key.split(".")
+        moments.setdefault(int(parameter), {})[name] = value
+    state.optimizer.load_state_dict({"state": moments, "param_groups": progress["param_groups"]})
+    state.schedule.load_state_dict(progress["schedule"])
+    state.step, state.seconds = progress["step"], progress["seconds"]
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(folder) / "tokenizer")
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+def load_model(
+    folder: str | Path, weights: str = "teacher", device: str | torch.device = "cpu"
+) -> tuple[SyncMaskModel, PretrainConfig, PreTrainedTokenizerFast]:
+    """A trained model in evaluation mode, its configuration and tokenizer.
+
+    Args:
+        folder: a checkpoint.
+        weights: ``"teacher"`` (the moving average) or ``"model"``.
+        device: where to put it.
+    """
+    folder = Path(folder)
+    values: dict[str, Any] = load_json(folder / "config.json")
+    config, tokenizer = PretrainConfig(**values), load_tokenizer(folder)
+    model = SyncMaskModel(config, len(tokenizer), tokenizer.pad_token_id)
+    model.load_state_dict(load_file(folder / f"{weights}.safetensors"))
+    return model.to(device).eval(), config, tokenizer

@@ -1,0 +1,76 @@
+"""Every option of a pretraining run, as one dataclass that is also the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from reference.model.config import ModelConfig
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MaskConfig:
+    """How the words of MLM and the patches of MIM are chosen; see `reference.masks`."""
+
+    masks: Literal["sync", "random"] = _option(
+        "sync", "Chosen by the teacher's cross-attention, or at random."
+    )
+    word_score: Literal["image_effect", "text_softmax", "dual", "max"] = _option(
+        "image_effect", "Rule that scores a word."
+    )
+    patch_score: Literal["cls", "mean", "value"] = _option("cls", "Rule that scores a patch.")
+    mask_layer: int = _option(-1, "Fusion layer whose attention is read; negative: from the end.")
+    token_ratio: float = _option(0.2, "Share of a text's words that is masked.")
+    patch_ratio: float = _option(0.375, "Share of an image's patches that is masked.")
+    mask_noise: float = _option(0.5, "Gaussian noise on the scores, in deviations of their row.")
+    random_mask_steps: int = _option(200, "Steps of random masks before the teacher's.")
+
+    def __post_init__(self) -> None:
+        for name in ("token_ratio", "patch_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+        for name in ("mask_noise", "random_mask_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass
+class PretrainConfig(MaskConfig, ModelConfig):
+    """The options of ``python -m reference.pretrain``."""
+
+    output: str = _option("runs/syncmask", "Folder of the run.")
+    data: str = _option(
+        "catalogue", "`catalogue` draws one; else a folder with train.jsonl, val.jsonl, images."
+    )
+    items: int = _option(4000, "Items of the drawn catalogue.")
+    resume: bool = _option(False, "Go on from the last checkpoint of the output folder.")
+    steps: int = _option(600, "Optimiser steps.")
+    batch_size: int = _option(48, "Pairs of a step.")
+    learning_rate: float = _option(1e-3, "Peak, reached after the warm-up, cosine to 0.")
+    warmup_steps: int = _option(60, "Steps of linear warm-up.")
+    weight_decay: float = _option(0.05, "AdamW's, of matrices.")
+    momentum: float = _option(0.995, "Of the teacher, once it is warm.")
+    augment: bool = _option(False, "Random crop and horizontal flip.")
+    seed: int = _option(0, "Of initialisation, order, augmentation, masks and negatives.")
+    log_every: int = _option(10, "Steps between two logged lines.")
+    eval_every: int = _option(200, "Steps between two evaluations; the last step always has one.")
+    save_every: int = _option(200, "Steps between two checkpoints; the last step always has one.")
+    keep_checkpoints: int = _option(1, "Checkpoints kept.")
+
+    def __post_init__(self) -> None:
+        MaskConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
+        for name in ("steps", "log_every", "eval_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size < 2:
+            raise ValueError(
+                f"batch_size must be at least 2 for a negative to exist, got {self.batch_size}"
+            )
+        layers = self.fusion_layers
+        if not -layers <= self.mask_layer < layers:
+            raise ValueError(f"mask_layer must lie in [{-layers}, {layers}), got {self.mask_layer}")

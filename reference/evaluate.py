@@ -1,0 +1,224 @@
+"""What a trained model can do: retrieval, and how well its masks find what image and text share."""
+
+from __future__ import annotations
+
+from math import comb
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from reference.batch import make_batch
+from reference.config import MaskConfig
+from reference.data import PairDataset, Truth
+from reference.masks import random_masks, teacher_masks
+from reference.model import SyncMaskModel
+from reference.run_files import Examples, MaskQuality, Recalls, Retrieval
+
+CHUNK = 256
+RANDOM_DRAWS = 20
+
+
+class MaskFigures(MaskQuality, total=False):
+    """`MaskQuality`, and ``word_auc``: how often, within a caption, a visible attribute word scores
+    above an invisible one."""
+
+    word_auc: float
+
+
+class Encoded(NamedTuple):
+    """Everything evaluation needs of ``N`` pairs, on the CPU."""
+
+    image_features: Tensor
+    text_features: Tensor
+    patch_mask: Tensor
+    token_mask: Tensor
+    patch_scores: Tensor
+    token_scores: Tensor
+    random_patch_mask: Tensor
+    """bool ``[N, draws, P]``"""
+    random_token_mask: Tensor
+    """bool ``[N, draws, T]``"""
+
+
+@torch.no_grad()
+def encode(
+    model: SyncMaskModel,
+    dataset: PairDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    config: MaskConfig,
+) -> Encoded:
+    """Features and masks of every pair; draws the random masks from the global generator."""
+    device = model.temperature.device
+    length = dataset.input_ids.shape[1]
+    chunks: list[tuple[Tensor, ...]] = []
+    for rows in torch.arange(len(dataset)).split(CHUNK):
+        batch = make_batch(dataset[rows], tokenizer, device)
+        image = model.encode_image(batch.pixels)
+        text = model.encode_text(batch.input_ids, batch.attended)
+        masks = teacher_masks(model, batch, image, text, config)
+        draws = [
+            random_masks(batch, masks.patch_mask.shape[1], config) for _ in range(RANDOM_DRAWS)
+        ]
+        chunk = (
+            model.image_features(image),
+            model.text_features(text),
+            masks.patch_mask,
+            _pad(masks.token_mask, length),
+            masks.patch_scores,
+            _pad(masks.token_scores, length),
+            torch.stack([draw.patch_mask for draw in draws], dim=1),
+            _pad(torch.stack([draw.token_mask for draw in draws], dim=1), length),
+        )
+        chunks.append(tuple(value.cpu() for value in chunk))
+    return Encoded(*(torch.cat(values) for values in zip(*chunks, strict=True)))
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, length - x.shape[-1]))
+
+
+def distinct(captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Rows of the first use of each caption, and for each row the position of its caption there."""
+    first: dict[str, int] = {}
+    for row, caption in enumerate(captions):
+        first.setdefault(caption, row)
+    position = {caption: i for i, caption in enumerate(first)}
+    return torch.tensor(list(first.values())), torch.tensor([position[c] for c in captions])
+
+
+def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
+    """Ids ``[Q, k]`` of the most similar candidates, best first."""
+    return (queries @ candidates.T).topk(min(k, len(candidates)), dim=1).indices
+
+
+def retrieval(encoded: Encoded, dataset: PairDataset) -> Retrieval:
+    """Recall both ways by cosine similarity, without re-ranking by the fusion encoder.
+
+    A hit is any candidate of the query's item. Equal captions count as one text, as usual.
+    """
+    texts, _ = distinct(dataset.captions)
+    image_items, text_items = dataset.item_ids, dataset.item_ids[texts]
+    images, words = encoded.image_features, encoded.text_features[texts]
+    return {
+        "i2t": _recalls(nearest(images, words, 10), image_items, text_items),
+        "t2i": _recalls(nearest(words, images, 10), text_items, image_items),
+        "chance": {
+            "i2t": _chance(image_items, text_items),
+            "t2i": _chance(text_items, image_items),
+        },
+        "n_images": len(image_items),
+        "n_texts": len(text_items),
+    }
+
+
+def _recalls(ranked: Tensor, query_items: Tensor, candidate_items: Tensor) -> Recalls:
+    hits = candidate_items[ranked] == query_items[:, None]
+    r1, r5, r10 = (hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5, 10))
+    return {"r1": r1, "r5": r5, "r10": r10}
+
+
+def _chance(query_items: Tensor, candidate_items: Tensor) -> Recalls:
+    """Expected recall of a random ranking: one minus the chance that k draws miss all positives."""
+    n = len(candidate_items)
+    positives = (query_items[:, None] == candidate_items).sum(dim=1).tolist()
+    r1, r5, r10 = (
+        sum(1 - comb(n - p, k) / comb(n, k) for p in positives) / len(positives)
+        for k in (min(k, n) for k in (1, 5, 10))
+    )
+    return {"r1": r1, "r5": r5, "r10": r10}
+
+
+def mask_figures(encoded: Encoded, truth: Truth) -> MaskFigures:
+    """The masks of the teacher against the truth, each figure beside random masks' of equal size.
+
+    A masked patch counts as described when described, visible parts fill over a quarter of it.
+    """
+    visible, attribute = truth.word_visible == 1, truth.word_visible >= 0
+    described = truth.patch_described > 0.25
+    detail = truth.patch_detail.double()
+
+    def share(mask: Tensor, good: Tensor, counted: Tensor) -> float:
+        chosen = mask & counted
+        return float((chosen & good).sum() / chosen.sum())
+
+    def covered(mask: Tensor) -> float:
+        area = detail.expand_as(mask)
+        return float((area * mask).sum() / area.sum())
+
+    everywhere = torch.ones_like(described)
+    patches, tokens = encoded.patch_mask, encoded.token_mask
+    random_patches = encoded.random_patch_mask.transpose(0, 1)
+    random_tokens = encoded.random_token_mask.transpose(0, 1)
+    return {
+        "words_visible": share(tokens, visible, attribute),
+        "words_visible_random": share(random_tokens, visible, attribute),
+        "patches_described": share(patches, described, everywhere),
+        "patches_described_random": share(random_patches, described, everywhere),
+        "details_covered": covered(patches),
+        "details_covered_random": covered(random_patches),
+        "word_auc": word_auc(encoded.token_scores, truth.word_visible),
+    }
+
+
+def word_auc(scores: Tensor, word_visible: Tensor) -> float:
+    """Mean over captions of P(score of a visible word > score of an invisible one); ties half."""
+    visible, invisible = word_visible == 1, word_visible == 0
+    pairs = visible[:, :, None] & invisible[:, None, :]
+    difference = scores[:, :, None] - scores[:, None, :]
+    wins = ((difference > 0).double() + (difference == 0).double() / 2) * pairs
+    count = pairs.sum(dim=(1, 2))
+    both = count > 0
+    return float((wins.sum(dim=(1, 2))[both] / count[both]).mean())
+
+
+def examples(
+    encoded: Encoded,
+    dataset: PairDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    items: int = 6,
+    queries: int = 6,
+) -> Examples:
+    """Pairs with their masks, up to two views of each of `items` items, and retrieved neighbours.
+
+    Items and queries are spread evenly over the data set.
+    """
+    texts, _ = distinct(dataset.captions)
+    shown = torch.cat(
+        [
+            (dataset.item_ids == item).nonzero()[:2, 0]
+            for item in _spread(dataset.item_ids.unique(), items)
+        ]
+    )
+    asked = _spread(texts, queries)
+    images = _spread(torch.arange(len(dataset)), queries)
+    found = nearest(encoded.text_features[asked], encoded.image_features, 5)
+    answers = texts[nearest(encoded.image_features[images], encoded.text_features[texts], 3)]
+    truth = dataset.truth
+    unknown = torch.full_like(dataset.input_ids[shown], -1, dtype=torch.int8)
+    return Examples(
+        image=dataset.images[shown],
+        patch_mask=encoded.patch_mask[shown],
+        patch_scores=encoded.patch_scores[shown],
+        token_mask=encoded.token_mask[shown],
+        token_scores=encoded.token_scores[shown],
+        token_visible=unknown if truth is None else truth.word_visible[shown],
+        gallery_images=dataset.images[found],
+        gallery_hits=dataset.item_ids[found] == dataset.item_ids[asked, None],
+        query_images=dataset.images[images],
+        query_hits=dataset.item_ids[answers] == dataset.item_ids[images, None],
+        tokens=[
+            [str(token) for token in tokenizer.convert_ids_to_tokens(row)]
+            for row in dataset.input_ids[shown].tolist()
+        ],
+        captions=[dataset.captions[row] for row in shown.tolist()],
+        gallery_queries=[dataset.captions[row] for row in asked.tolist()],
+        query_captions=[[dataset.captions[row] for row in rows] for rows in answers.tolist()],
+    )
+
+
+def _spread(values: Tensor, count: int) -> Tensor:
+    """At most `count` of the values, evenly spread."""
+    positions = torch.linspace(0, len(values) - 1, min(count, len(values)))
+    return values[positions.round().long()]

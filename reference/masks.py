@@ -1,0 +1,125 @@
+"""Which words and patches a step masks: a reconstruction of SyncMask's rule.
+
+The paper masks what image and text share: it sorts "cross-modal attention weights from the
+teacher's multi-modal encoder" in descending order and masks the top. What it leaves open is decided
+here, by the first study in ``docs`` and by the runs of this folder:
+
+- **Words.** A row of the words' attention to patches sums to one whether or not the word can be
+  seen, so attention weights say little about words. The default ``image_effect`` is how far the
+  image moves the word: one minus the cosine between the teacher's fused word with and without
+  cross-attention. (The abstract speaks of "cross-attentional features".) ``text_softmax``, ``dual``
+  and ``max`` are the operator's rules on the attention of one layer.
+- **Patches.** Attention of the text's CLS to each patch (``cls``, as AttMask does with an image's
+  CLS), the mean over words (``mean``), or that mean weighted by how far a patch's value lies from
+  the mean value (``value``).
+- **Layer and heads.** One fusion layer, the last by default; heads are averaged.
+- **Noise.** A teacher that moves slowly would choose the same words of a pair again and again:
+  Gaussian noise, in units of the standard deviation of a pair's scores, varies the choice.
+- **Start.** A young teacher attends to nothing in particular: the first steps mask at random.
+- **Never masked:** CLS, SEP, padding and unknown words.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import syncmask_kernels as smk
+from reference.batch import Batch
+from reference.config import MaskConfig, PretrainConfig
+from reference.model import SyncMaskModel
+from reference.model.fusion import QKV
+
+
+@torch.no_grad()
+def choose_masks(
+    teacher: SyncMaskModel, batch: Batch, step: int, config: PretrainConfig
+) -> smk.SyncMask:
+    """The masks of a training step: random at first or by choice, else the teacher's with noise."""
+    if config.masks == "random" or step < config.random_mask_steps:
+        return random_masks(batch, config.patches, config)
+    image = teacher.encode_image(batch.pixels)
+    text = teacher.encode_text(batch.input_ids, batch.attended)
+    return teacher_masks(teacher, batch, image, text, config, config.mask_noise)
+
+
+@torch.no_grad()
+def teacher_masks(
+    teacher: SyncMaskModel,
+    batch: Batch,
+    image: Tensor,
+    text: Tensor,
+    config: MaskConfig,
+    noise: float = 0.0,
+) -> smk.SyncMask:
+    """Choose words and patches by the teacher's view of the clean pairs.
+
+    Args:
+        teacher: momentum model, in evaluation mode.
+        batch: clean pairs.
+        image, text: their encodings by the teacher.
+        config: rules and ratios.
+        noise: standard deviation of the noise, in those of a row's scores. 0: deterministic.
+    """
+    captured: list[QKV] = []
+    fused = teacher.fuse(text, batch.attended, image, captured)
+    query, key, value = captured[config.mask_layer]
+    effect = config.word_score == "image_effect"
+    select = partial(
+        smk.sync_topk_mask_qk,
+        query,
+        key,
+        batch.token_valid,
+        v=value if config.patch_score == "value" else None,
+        patch_score="cls" if config.patch_score == "cls" else "mean",
+        token_score="max" if effect else config.word_score,
+        patch_ratio=config.patch_ratio,
+        token_ratio=config.token_ratio,
+        word_ids=batch.word_ids,
+    )
+    masks = select(
+        token_scores=image_effect(teacher, text, batch.attended, fused) if effect else None
+    )
+    if noise == 0:
+        return masks
+    return select(
+        patch_scores=masks.patch_scores,
+        token_scores=masks.token_scores,
+        patch_noise=noise * _noise(masks.patch_scores),
+        token_noise=noise * _noise(masks.token_scores, batch.token_valid),
+    )
+
+
+def random_masks(batch: Batch, patches: int, config: MaskConfig) -> smk.SyncMask:
+    """Choose as many words and patches as `teacher_masks` does, uniformly at random."""
+    rows, length = batch.input_ids.shape
+    query = batch.pixels.new_zeros(rows, 1, length, 1)
+    key = batch.pixels.new_zeros(rows, 1, 1 + patches, 1)
+    return smk.sync_topk_mask_qk(
+        query,
+        key,
+        batch.token_valid,
+        patch_ratio=config.patch_ratio,
+        token_ratio=config.token_ratio,
+        patch_scores=torch.rand(rows, patches, device=query.device),
+        token_scores=torch.rand(rows, length, device=query.device),
+        word_ids=batch.word_ids,
+    )
+
+
+def image_effect(teacher: SyncMaskModel, text: Tensor, attended: Tensor, fused: Tensor) -> Tensor:
+    """``[B, T]``: one minus the cosine between each word fused with its image and without one."""
+    alone = teacher.fuse(text, attended, None)
+    return 1 - F.cosine_similarity(fused, alone, dim=-1)
+
+
+def _noise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Gaussian noise as wide as the spread of each row's valid scores."""
+    counted = torch.ones_like(scores) if valid is None else valid.to(scores.dtype)
+    count = counted.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (scores * counted).sum(dim=1, keepdim=True) / count
+    variance = ((scores - mean).square() * counted).sum(dim=1, keepdim=True) / count
+    return variance.sqrt() * torch.randn_like(scores)
