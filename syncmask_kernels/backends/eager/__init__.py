@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from syncmask_kernels.backends.eager import attention, selection
+from syncmask_kernels.backends.eager import attention, masking, momentum, negatives, selection
 from syncmask_kernels.backends.kernel import Kernel
 
 KERNELS = {
@@ -10,6 +10,13 @@ KERNELS = {
     "attention_map": Kernel(attention.attention_map),
     "topk_mask": Kernel(selection.topk_mask),
     "sync_topk_mask": Kernel(selection.sync_topk_mask),
+    "token_valid": Kernel(masking.token_valid),
+    "mask_tokens": Kernel(masking.mask_tokens),
+    "mask_patches": Kernel(masking.mask_patches),
+    "gather_masked": Kernel(masking.gather_masked),
+    "scatter_masked": Kernel(masking.scatter_masked),
+    "sample_negatives": Kernel(negatives.sample_negatives),
+    "ema_update_": Kernel(momentum.ema_update_),
 }
 
 

@@ -2,65 +2,153 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from syncmask_kernels.backends.eager.masking import flat_rows, gather_masked
+from syncmask_kernels.backends.eager.masking import gather_masked
+from syncmask_kernels.backends.eager.selection import ids_of
+from syncmask_kernels.backends.loss_request import Head, Targets
 
 STREAM_LOGITS = 2**24  # logits alive at a time where the number of labelled rows is unknown
 
 
-class Head(NamedTuple):
-    """A linear layer over the vocabulary and its input rows."""
-
-    hidden: Tensor  # [R, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-
-    def logits(self) -> Tensor:
-        """[R, V] in the type of the rows (autocast decides otherwise), then at least float32."""
-        bias = None if self.bias is None else self.bias.to(self.hidden.dtype)
-        product = F.linear(self.hidden, self.weight.to(self.hidden.dtype), bias)
-        return product.to(torch.promote_types(product.dtype, torch.float32))
-
-    def take(self, rows: Tensor, keep: Tensor) -> Head:
-        """Its rows [R'], zero where `keep` is False: what is not looked at may be NaN."""
-        return self._replace(hidden=_take(self.hidden, rows, keep))
+def _host_counts(labels: Tensor) -> bool:
+    """Whether the host may look at the labels: on a GPU it would wait, compiled it cannot."""
+    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class Targets(NamedTuple):
-    """What the rows are compared with; `soft` or `teacher` or neither."""
-
-    labels: Tensor  # [R]
-    soft: Tensor | None  # [R, V]
-    teacher: Head | None
-    alpha: float | Tensor
-    ignore_index: int
-    label_smoothing: float
+def _wide(*tensors: Tensor) -> torch.dtype:
+    wide = torch.float32
+    for tensor in tensors:
+        wide = torch.promote_types(wide, tensor.dtype)
+    return wide
 
 
-def _take(x: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-    return x.index_select(0, rows).masked_fill(~keep.unsqueeze(1), 0)
+def _reduce(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """losses, 0 where not `counted` -> the mean over what is counted (0 of nothing), or the sum."""
+    total = losses.sum()
+    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
 
 
-def _row_losses(student: Head, targets: Targets) -> Tensor:
-    """The loss of each row [R], 0 where it has no label."""
-    logits = student.logits()
-    loss = F.cross_entropy(
-        logits,
-        targets.labels,
-        ignore_index=targets.ignore_index,
-        label_smoothing=targets.label_smoothing,
-        reduction="none",
-    )
-    if targets.soft is None and targets.teacher is None:
-        return loss
+def _logits(head: Head, rows: Tensor, keep: Tensor) -> Tensor:
+    """[K, V] of rows [K]: the product in the type of `hidden` or of autocast, at least float32.
+
+    Rows that are not kept may be NaN, in `hidden` and thus in the gradient of `weight`: zero.
+    """
+    hidden = head.hidden.index_select(0, rows).masked_fill(~keep.unsqueeze(1), 0)
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
+    product = F.linear(hidden, head.weight.to(hidden.dtype), bias)
+    return product.to(_wide(product))
+
+
+def _losses_at(ids: Tensor, student: Head, targets: Targets) -> Tensor:
+    """The loss of each of the rows `ids` [K], 0 where the id is -1 or the row has no label."""
+    rows = ids.clamp(min=0)
+    labels = targets.labels.index_select(0, rows).masked_fill(ids < 0, targets.ignore_index)
+    keep = labels != targets.ignore_index
+    log_p = _logits(student, rows, keep).log_softmax(dim=-1)
+    losses = F.nll_loss(log_p, labels, reduction="none", ignore_index=targets.ignore_index)
+    if targets.label_smoothing > 0:
+        uniform = -log_p.mean(dim=-1)
+        losses = (1 - targets.label_smoothing) * losses + targets.label_smoothing * uniform
+    soft = None
+    if targets.soft is not None:
+        soft = targets.soft.index_select(0, rows).to(log_p.dtype)
     if targets.teacher is not None:
-        with torch.no_grad():
-            soft = targets.teacher.logits().softmax(dim=-1)
-    soft_loss = -(soft * logits.log_softmax(dim=-1)).sum(dim=-1)
-    ...
+        soft = _logits(targets.teacher, rows, keep).softmax(dim=-1)
+    if soft is not None:
+        soft = soft.masked_fill(~keep.unsqueeze(1), 0)
+        losses = (1 - targets.alpha) * losses - targets.alpha * (soft * log_p).sum(dim=-1)
+    return losses.masked_fill(~keep, 0)
+
+
+def _streamed(student: Head, targets: Targets) -> Tensor:
+    """All rows, a part at a time; the backward pass computes the logits of a part again."""
+    ids = torch.arange(targets.labels.shape[0], device=targets.labels.device)
+    size = max(1, STREAM_LOGITS // student.weight.shape[0])
+    if torch.compiler.is_compiling() or ids.shape[0] <= size:
+        return _losses_at(ids, student, targets)
+    parts = [
+        checkpoint(
+            _losses_at, part, student, targets, use_reentrant=False, preserve_rng_state=False
+        )
+        for part in ids.split(size)
+    ]
+    return torch.cat(parts)
+
+
+def masked_linear_cross_entropy(
+    student: Head, targets: Targets, ids: Tensor | None, capacity: int | None, reduction: str
+) -> Tensor:
+    """The loss over the labelled rows, or over those of them that `ids` [K] (-1: none) names."""
+    labels = targets.labels
+    labelled = labels != targets.ignore_index
+    counted = labelled
+    if labels.shape[0] == 0:
+        ids = labels
+    elif ids is not None:
+        counted = labelled.index_select(0, ids.clamp(min=0)) & (ids >= 0)
+    elif _host_counts(labels):
+        ids = labelled.nonzero().squeeze(1)
+    elif capacity is not None:
+        ids = ids_of(labelled & (labelled.cumsum(dim=0) <= capacity), capacity)
+    losses = _streamed(student, targets) if ids is None else _losses_at(ids, student, targets)
+    if capacity is not None:
+        # A factor, not a where(): the gradients of rows that did not fit must not pass for zero.
+        losses = losses * torch.where(labelled.sum() > capacity, float("nan"), 1.0)
+    if reduction != "none":
+        return _reduce(losses, counted, reduction)
+    if ids is None:
+        return losses
+    return losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
+
+
+def _target_patches(target: Tensor, ids: Tensor | None, patch_size: int | None) -> Tensor:
+    """The patches [B, P, C] of `target`, or of `ids` [B, K] only; an image is read where needed."""
+    if target.dim() == 3:
+        return target if ids is None else gather_masked(target, ids, 0)
+    assert patch_size is not None
+    grid = target.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    grid = grid.permute(0, 2, 3, 4, 5, 1)  # [B, rows, columns, y, x, channel], a view
+    if ids is None:
+        return grid.flatten(3).flatten(1, 2)
+    batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+    cell, columns = ids.clamp(min=0), grid.shape[2]
+    return grid[batch, cell // columns, cell % columns].flatten(2)
+
+
+def _patch_losses(pred: Tensor, target: Tensor, kind: str) -> Tensor:
+    """[B, K, C] -> [B, K]."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(pred, target, dim=-1)
+    loss = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+    return loss(pred, target, reduction="none").mean(dim=-1)
+
+
+def masked_patch_loss(
+    pred: Tensor,
+    target: Tensor,
+    ids_or_mask: Tensor,
+    kind: str,
+    patch_size: int | None,
+    norm_pix: bool,
+    gather_pred: bool,
+    reduction: str,
+) -> Tensor:
+    """The loss over masked patches; `gather_pred` tells that pred [B, P, C] awaits its ids."""
+    by_mask = ids_or_mask.dtype == torch.bool
+    ids = None if by_mask else ids_or_mask
+    keep = ids_or_mask if by_mask else ids_or_mask >= 0
+    if gather_pred:
+        pred = gather_masked(pred, ids_or_mask, 0)
+    wide = _wide(pred, target)
+    unused = ~keep.unsqueeze(-1)  # what is not looked at may be NaN
+    pred = pred.to(wide).masked_fill(unused, 0)
+    target = _target_patches(target, ids, patch_size).to(wide).masked_fill(unused, 0)
+    if norm_pix:
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (var + 1e-6).sqrt()
+    losses = _patch_losses(pred, target, kind).masked_fill(~keep, 0)
+    return losses if reduction == "none" else _reduce(losses, keep, reduction)

@@ -64,7 +64,7 @@ def _padding(ids: Tensor, like: Tensor) -> Tensor:
 
 def gather_masked(x: Tensor, ids: Tensor, fill: float) -> Tensor:
     """x [B, N, ...], ids [B, K] -> [B, K, ...]; rows of id -1 are `fill`."""
-    batch, positions, *rest = x.shape
+    positions, rest = x.shape[1], x.shape[2:]
     if positions == 0:
         return x.new_full((*ids.shape, *rest), fill)
     # index_select on rows is several times faster on a CPU than gather with an expanded index.

@@ -1,0 +1,38 @@
+"""What the host does before an operator runs: draw a seed, look at values it can see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncmask_kernels import _checks
+
+
+def ids_within(name: str, ids: Tensor, low: int, high: int, of: str) -> None:
+    """ValueError where an id is outside ``[low, high)``; `of` is the name of `high`.
+
+    Looks only at what the host sees without waiting: tensors on the CPU, outside torch.compile.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    smallest, largest = (int(bound) for bound in ids.aminmax())
+    if smallest < low or largest >= high:
+        wrong = smallest if smallest < low else largest
+        raise ValueError(f"{name} must be in [{low}, {of}) = [{low}, {high}), got {wrong}")
+
+
+def philox_seed(
+    seed: Tensor | None, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """The caller's seed, checked, or two values drawn on `device` from `generator`."""
+    if seed is None:
+        if generator is not None and generator.device.type != device.type:
+            raise ValueError(f"generator must be on {device}, got {generator.device}")
+        return torch.randint(2**32, (2,), device=device, generator=generator)
+    if generator is not None:
+        raise ValueError("at most one of seed and generator must be given, got both")
+    _checks.dtype("seed", seed, torch.int64)
+    _checks.shape("seed", seed, "two values", (2,))
+    if seed.device != device:
+        raise ValueError(f"seed must be on {device}, got {seed.device}")
+    return seed

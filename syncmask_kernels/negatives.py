@@ -1,0 +1,144 @@
+"""Hard negatives: one column for each row of a similarity matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncmask_kernels import _checks, _host, backends
+from syncmask_kernels.selection import _as_fraction
+
+MODES = ("multinomial", "hardest", "semi_hard")
+
+
+class Negatives(NamedTuple):
+    """``ids [B]`` int64, the column chosen for each row, and ``found [B]`` bool."""
+
+    ids: Tensor
+    found: Tensor
+
+
+def _check_ids(name: str, ids: Tensor | None, layout: str, size: int, sim: Tensor) -> None:
+    if ids is not None:
+        _checks.dtype(name, ids, torch.int64)
+        _checks.shape(name, ids, layout, (size,))
+        _checks.same_device(name, ids, "sim", sim)
+
+
+def _check_mode(mode: str, margin: float, quantile: float | None, noise: Tensor | None) -> None:
+    _checks.choice("mode", mode, MODES)
+    if mode != "semi_hard" and (margin != 0 or quantile is not None):
+        raise ValueError(
+            f"margin and quantile are for mode 'semi_hard', got mode {mode!r}, margin={margin}, "
+            f"quantile={quantile}"
+        )
+    if mode != "multinomial" and noise is not None:
+        raise ValueError(f"noise is for mode 'multinomial', got mode {mode!r}")
+    if quantile is not None:
+        _checks.fraction("quantile", quantile)
+
+
+def sample_negatives(
+    sim: Tensor,
+    *,
+    positive: Tensor | None = None,
+    exclude: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    mode: str = "multinomial",
+    margin: float = 0.0,
+    quantile: float | None = None,
+    generator: torch.Generator | None = None,
+    seed: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Negatives:
+    """Choose a hard negative for each row, for image-text matching.
+
+    A column is a candidate of a row unless it is the row's positive, is excluded, carries the id of
+    the row, or has a similarity of NaN or -inf (whose softmax is 0).
+
+    Args:
+        sim: ``[B, N]`` floating logits (similarity / temperature), before any softmax; N may cover
+            the keys of all ranks.
+        positive: ``[B]`` int64, each row's own column. Default ``arange(B)`` where B = N, else
+            none; required for ``"semi_hard"``.
+        exclude: ``[B, N]`` bool, True for columns that are no candidates.
+        row_ids: ``[B]`` int64 ids of the items of the rows, with `col_ids` ``[N]``: a column with
+            the row's id (another view of the product, another caption of the image) is no
+            candidate.
+        col_ids: see `row_ids`.
+        mode: ``"multinomial"`` (default) draws a candidate from the softmax of the logits over the
+            candidates; ``"hardest"`` takes the most similar one; ``"semi_hard"`` the most similar
+            one of those with ``sim < sim[positive] - margin``, and where there is none of those,
+            the least similar candidate. Ties go to the lower index.
+        margin: see ``"semi_hard"``, in units of `sim`, default 0.
+        quantile: for ``"semi_hard"``, which of the candidates below the ceiling to take, by
+            similarity: 1 (default) the most similar, 0 the least, else the one of ascending rank
+            ``ceil(quantile * count)`` (numpy's ``inverted_cdf``).
+        generator: where `seed` is drawn from, on the device of `sim`. Default: torch's own.
+        seed: int64 ``[2]`` on the device, instead of a generator; compiled code passes it.
+        noise: ``[B, N]`` floating, in the place of the Gumbel noise that is added to the logits (in
+            float32, or float64 for float64 `sim`).
+
+    Returns:
+        Negatives: ``ids [B]`` int64 and ``found [B]`` bool; a row without a candidate has id 0 and
+        found False. No gradient flows.
+
+    Raises:
+        TypeError: types do not fit.
+        ValueError: shapes, devices, `mode`, `margin` or `quantile` do not fit, one of `row_ids` and
+            `col_ids` is missing, more than one of `generator`, `seed` and `noise` is given, or (on
+            the CPU) `positive` is outside ``[0, N)``.
+
+    Deterministic given `seed` or `noise`: the draw is a Gumbel-max over the logits, so it follows
+    the softmax without computing it and cannot underflow; cell (b, n) takes word ``n % 4`` of the
+    Philox4x32-10 counter (n // 4, b, 0, 0), as ``-log(-log(u))``, ``u = (word // 2^9 + 1/2) /
+    2^23``. No host sync.
+
+    Source: ALBEF's hard negatives (multinomial), GRIT-VLP's (hardest), FaceNet's semi-hard rule.
+
+    Example:
+        >>> import torch, syncmask_kernels as smk
+        >>> sim = torch.tensor([[9.0, 2.0, 5.0], [4.0, 9.0, 4.0], [1.0, 3.0, 9.0]])
+        >>> smk.sample_negatives(sim, mode="hardest")
+        Negatives(ids=tensor([2, 0, 1]), found=tensor([True, True, True]))
+        >>> items = torch.tensor([7, 7, 8])  # the first two show one product
+        >>> smk.sample_negatives(sim, row_ids=items, col_ids=items).ids[:2]
+        tensor([2, 2])
+    """
+    _checks.rank("sim", sim, "[B, N]")
+    _checks.floating("sim", sim)
+    rows, columns = sim.shape
+    _check_mode(mode, margin, quantile, noise)
+    if (row_ids is None) != (col_ids is None):
+        raise ValueError("row_ids and col_ids must be given together, got one of them")
+    _check_ids("row_ids", row_ids, "[B]", rows, sim)
+    _check_ids("col_ids", col_ids, "[N]", columns, sim)
+    _check_ids("positive", positive, "[B]", rows, sim)
+    if positive is not None:
+        _host.ids_within("positive", positive, 0, columns, "N")
+    elif rows == columns:
+        positive = torch.arange(rows, device=sim.device)
+    elif mode == "semi_hard":
+        raise ValueError(
+            f"positive must be given for semi_hard where B != N, got B={rows}, N={columns}"
+        )
+    if exclude is not None:
+        _checks.dtype("exclude", exclude, torch.bool)
+        _checks.shape("exclude", exclude, "the shape of sim", sim.shape)
+        _checks.same_device("exclude", exclude, "sim", sim)
+    if noise is not None:
+        if seed is not None or generator is not None:
+            raise ValueError("at most one of generator, seed and noise must be given, got more")
+        _checks.floating("noise", noise)
+        _checks.shape("noise", noise, "the shape of sim", sim.shape)
+        _checks.same_device("noise", noise, "sim", sim)
+    elif mode == "multinomial":
+        seed = _host.philox_seed(seed, generator, sim.device)
+    rank = _as_fraction(1.0 if quantile is None else quantile)
+    run = backends.choose("sample_negatives", sim)
+    return Negatives(
+        *run(sim.detach(), positive, exclude, row_ids, col_ids, mode, margin, rank, seed, noise)
+    )
