@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def load_photos(folder: str | Path, *, image_size: int = 64) -> tuple[Pairs, Pai
     """
     folder = Path(folder)
     read = _reader(folder)
-    item_ids: dict[Hashable, int] = {}
+    item_ids: dict[tuple[str, str], int] = {}
     train, val = (
         _load_split(folder / f"{split}.jsonl", read, image_size, item_ids)
         for split in ("train", "val")
@@ -74,7 +74,9 @@ def _reader(folder: Path) -> Read:
     return read
 
 
-def _load_split(path: Path, read: Read, image_size: int, item_ids: dict[Hashable, int]) -> Pairs:
+def _load_split(
+    path: Path, read: Read, image_size: int, item_ids: dict[tuple[str, str], int]
+) -> Pairs:
     problems: list[str] = []
     lines = _read_lines(path, problems)
     images, kept = _decode_all(path, lines, read, image_size, problems)
@@ -86,7 +88,7 @@ def _load_split(path: Path, read: Read, image_size: int, item_ids: dict[Hashable
     if not kept:
         raise ValueError(f"{path} holds no usable image-caption pair")
     records = [lines[i][1] for i in kept]
-    keys = [(r.get("product_id"), r["caption"] if "product_id" not in r else "") for r in records]
+    keys = [_item_key(record) for record in records]
     return Pairs(
         images=images[kept],
         captions=[record.pop("caption") for record in records],
@@ -95,17 +97,22 @@ def _load_split(path: Path, read: Read, image_size: int, item_ids: dict[Hashable
     )
 
 
+def _item_key(record: dict[str, Any]) -> tuple[str, str]:
+    product = record.get("product_id")
+    return ("caption", record["caption"]) if product is None else ("product", str(product))
+
+
 def _read_lines(path: Path, problems: list[str]) -> list[tuple[int, dict[str, Any]]]:
     """The usable lines of a file, with their numbers."""
     lines = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path.name}:{number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 problems.append(f"{where}: no JSON: {error}")
                 continue
             if not isinstance(record, dict):
@@ -141,7 +148,7 @@ def _decode_all(
         try:
             images[i] = _decode(read(record["image"]), image_size)
         except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
-            return f"{path.name}:{number}: {record['image']}: {error}"
+            return f"{path.name}:{number}: {record['image']}: {type(error).__name__}: {error}"
         return None
 
     kept = []
