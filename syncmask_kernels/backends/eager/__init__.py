@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from syncmask_kernels.backends.eager import attention, masking, momentum, negatives, selection
+from syncmask_kernels.backends.eager import (
+    attention,
+    losses,
+    masking,
+    momentum,
+    negatives,
+    selection,
+)
 from syncmask_kernels.backends.kernel import Kernel
 
 KERNELS = {
@@ -15,6 +22,8 @@ KERNELS = {
     "mask_patches": Kernel(masking.mask_patches),
     "gather_masked": Kernel(masking.gather_masked),
     "scatter_masked": Kernel(masking.scatter_masked),
+    "masked_linear_cross_entropy": Kernel(losses.masked_linear_cross_entropy),
+    "masked_patch_loss": Kernel(losses.masked_patch_loss),
     "sample_negatives": Kernel(negatives.sample_negatives),
     "ema_update_": Kernel(momentum.ema_update_),
 }
