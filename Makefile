@@ -1,0 +1,59 @@
+# Variables for the command line: PYTHON (to make the environment with), TORCH (what pip installs
+# where the environment has no torch yet), DEMO (folder of the run), DEMO_ARGS, TEST_ARGS, BENCH_ARGS.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO ?= runs/demo
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := .venv/bin
+NATIVE := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
+
+.PHONY: help demo test lint format bench wheel clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.reference ## Train the small SyncMask model on drawn products and write its report
+	$(BIN)/python -m reference.pretrain --output $(DEMO) \
+		$(if $(wildcard $(DEMO)/config.json),--resume) $(DEMO_ARGS)
+
+test: lint ## Lint, check types, and run every test, docstring and README example
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## Format the code and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.dev ## Time the operators against their floor and PyTorch
+	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+
+wheel: .venv/.torch ## Build a wheel for every Python of this platform into dist/
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean: ## Remove the environment, builds and caches; keep runs/
+	rm -rf .venv build dist *.egg-info syncmask_kernels/lib
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Torch comes first, so that the build compiles against it and nothing resolves to another one.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' \
+		|| $(BIN)/python -m pip install '$(TORCH)'
+	touch $@
+
+.venv/.reference: .venv/.torch $(NATIVE)
+	$(BIN)/python -m pip install --editable '.[reference]'
+	touch $@
+
+.venv/.dev: .venv/.torch $(NATIVE)
+	$(BIN)/python -m pip install --editable '.[reference,test,dev]'
+	touch $@ .venv/.reference
