@@ -57,9 +57,13 @@ def test_items_are_disjoint_and_their_views_share_one_caption(catalogue):
     assert not set(train.item_ids.tolist()) & set(val.item_ids.tolist())
     for pairs in catalogue:
         assert pairs.captions[::2] == pairs.captions[1::2]
-        assert len(set(pairs.captions)) == len(pairs.captions) // 2
         assert torch.equal(pairs.item_ids[::2], pairs.item_ids[1::2])
         assert [record["view"] for record in pairs.records[:2]] == ["front", "back"]
+
+
+def test_no_caption_describes_two_items():
+    for pairs in draw_catalogue(3000, val_items=300, image_size=8):
+        assert len(set(pairs.captions)) == len(pairs.captions) // 2
 
 
 def test_words_name_what_is_visible_in_the_view(catalogue):
@@ -325,6 +329,7 @@ def test_broken_lines_and_images_are_named_counted_and_skipped(tmp_path):
         assert place in message
     assert pairs.captions == ["red shirt", "green bag"]
     assert (pairs.images[0] == torch.tensor(RED)[:, None, None]).all()
+    assert (pairs.images[1][:, 4, 4].int() - torch.tensor(GREEN)).abs().max() <= 2
 
 
 def test_unusable_folders_raise(tmp_path):
