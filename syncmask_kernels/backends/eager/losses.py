@@ -95,14 +95,14 @@ def masked_linear_cross_entropy(
     elif capacity is not None:
         ids = ids_of(labelled & (labelled.cumsum(dim=0) <= capacity), capacity)
     losses = _streamed(student, targets) if ids is None else _losses_at(ids, student, targets)
+    if reduction != "none":
+        losses = _reduce(losses, counted, reduction)
+    elif ids is not None:
+        losses = losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
     if capacity is not None:
         # A factor, not a where(): the gradients of rows that did not fit must not pass for zero.
         losses = losses * torch.where(labelled.sum() > capacity, float("nan"), 1.0)
-    if reduction != "none":
-        return _reduce(losses, counted, reduction)
-    if ids is None:
-        return losses
-    return losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
+    return losses
 
 
 def _target_patches(target: Tensor, ids: Tensor | None, patch_size: int | None) -> Tensor:
