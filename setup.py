@@ -14,9 +14,7 @@ from setuptools.command.build import build
 from setuptools.errors import PlatformError
 
 sys.path.insert(0, str(Path(__file__).parent / "build_backend"))
-from native import BUILDERS, Unbuildable
-
-LIB = Path("syncmask_kernels", "lib")
+from native import BUILDERS, LIB, Unbuildable
 
 
 class BuildLibraries(Command):

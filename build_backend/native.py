@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+LIB = Path("syncmask_kernels", "lib")
 MINIMUM_TORCH = "2.11"
 CUDA_ARCHITECTURES = (80, 90, 100)
 
