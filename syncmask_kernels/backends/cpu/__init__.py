@@ -1,10 +1,24 @@
-"""C++ for CPU tensors: `lib/libsyncmask_cpu.so`, built where there is a compiler."""
+"""C++ for CPU tensors, built where there is a compiler (`csrc/cpu`)."""
 
 from __future__ import annotations
 
+from syncmask_kernels.backends import native
 from syncmask_kernels.backends.kernel import Kernel
+
 KERNELS: dict[str, Kernel] = {}
+_missing, _state = native.load("cpu")
+if _missing is None:
+    from syncmask_kernels.backends.cpu import selection
+
+    KERNELS["topk_mask"] = Kernel(selection.topk_mask, selection.refuses_topk_mask)
+    KERNELS["sync_topk_mask"] = Kernel(selection.sync_topk_mask, selection.refuses_sync_topk_mask)
+
+
 def unavailable(device_type: str) -> str | None:
-    return "not built"
+    if device_type != "cpu":
+        return f"it serves CPU tensors, not {device_type}"
+    return _missing
+
+
 def state() -> str:
-    return "not built"
+    return _state

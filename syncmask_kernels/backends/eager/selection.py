@@ -44,36 +44,36 @@ def ids_of(mask: Tensor, width: int) -> Tensor:
     return ids.scatter(-1, slots, positions)[..., :width]
 
 
+def first_of(keys: Tensor, counts: Tensor) -> Tensor:
+    """keys [..., N], counts [..., 1] -> mask of the largest keys, the lower index first."""
+    order = keys.sort(dim=-1, descending=True, stable=True).indices
+    ranks = torch.arange(keys.shape[-1], device=keys.device).expand(keys.shape)
+    mask = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
+    return mask.scatter(-1, order, ranks < counts)
+
+
 def topk_mask(
     scores: Tensor, valid: Tensor | None, count: Count, largest: bool
 ) -> tuple[Tensor, Tensor]:
     """scores [..., N] -> mask [..., N], ids [..., width]."""
-    order = order_keys(scores, valid, largest).sort(dim=-1, descending=True, stable=True).indices
     available = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid
-    ranks = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    first = ranks < row_counts(available, count)
-    mask = torch.zeros_like(first).scatter(-1, order, first)
+    mask = first_of(order_keys(scores, valid, largest), row_counts(available, count))
     return mask, ids_of(mask, count.width)
 
 
 def word_mask(scores: Tensor, valid: Tensor, word_ids: Tensor, count: Count) -> Tensor:
-    """Select whole words: the score of a word is that of its best piece, counts are of words."""
+    """Select whole words: the key of a word is that of its best piece, counts are of words."""
     valid = valid & (word_ids >= 0)
-    same = (word_ids.unsqueeze(-1) == word_ids.unsqueeze(-2)) & valid.unsqueeze(-2)
-    same = same & valid.unsqueeze(-1)
-    # A word is represented by its first piece, which carries the best key of all its pieces.
-    first = valid & (same.to(torch.int8).argmax(dim=-1) == _positions(valid))
+    same = word_ids.unsqueeze(-1) == word_ids.unsqueeze(-2)
+    same = same & valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    first = valid & ~same.tril(-1).any(dim=-1)  # the piece that stands for its word
     keys = order_keys(scores, valid, True)
+    if keys.shape[-1] == 0:
+        return first
     lowest = torch.iinfo(keys.dtype).min
-    best = torch.where(same, keys.unsqueeze(-2), lowest).amax(dim=-1)
-    order = best.masked_fill(~first, lowest).sort(dim=-1, descending=True, stable=True).indices
-    chosen = _positions(valid) < row_counts(first, count)
-    leaders = torch.zeros_like(valid).scatter(-1, order, chosen)
-    return (same & leaders.unsqueeze(-2)).any(dim=-1)
-
-
-def _positions(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[-1], device=like.device).expand(like.shape)
+    best = torch.where(same, keys.unsqueeze(-2), lowest).amax(dim=-1).masked_fill(~first, lowest)
+    chosen = first_of(best, row_counts(first, count))
+    return (same & chosen.unsqueeze(-2)).any(dim=-1)
 
 
 def _token_valid(scoring: Scoring) -> Tensor:
@@ -99,9 +99,10 @@ def _column_share(attn: Tensor, lse: Tensor | None, valid: Tensor) -> tuple[Tens
     """
     slope = valid[:, None, :, None].to(attn.dtype)
     if lse is not None:
-        lse = lse.to(attn.dtype).masked_fill(~valid[:, None, :], float("-inf"))
-        top = lse.detach().amax(dim=-1, keepdim=True)
-        slope = (lse - top.masked_fill(top == float("-inf"), 0.0)).exp().unsqueeze(-1)
+        # A factor common to all words cancels, so the softmax of lse serves for its exponential.
+        excluded = ~valid[:, None, :]
+        lse = lse.to(attn.dtype).masked_fill(excluded, float("-inf"))
+        slope = lse.softmax(dim=-1).masked_fill(excluded, 0.0).unsqueeze(-1)
     weights = torch.where(slope == 0, 0.0, attn * slope)
     total = weights.sum(dim=-2, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)

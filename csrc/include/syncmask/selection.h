@@ -1,0 +1,276 @@
+// Scores of patches and words from cross-attention, and the exact selection of the best of a row.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "syncmask/vector.h"
+
+namespace syncmask {
+
+// How many positions a row selects; see Count in backends/request.py.
+struct Count {
+  const int64_t* k;  // of the rows, or null
+  int64_t num, den, width;
+
+  SYNCMASK_INLINE int64_t of(int64_t row, int64_t available) const {
+    if (den != 0) return (available * num + den - 1) / den;
+    const int64_t wanted = k ? k[row] : num;
+    return wanted < 0 ? 0 : wanted < available ? wanted : available;
+  }
+};
+
+constexpr int32_t kExcluded = INT32_MIN;
+
+// Integers in the order of (excluded, NaN, -score), the larger the earlier. Integers keep
+// denormals apart where the processor flushes them to zero. Returns how many are valid.
+SYNCMASK_INLINE int64_t order_keys(const float* scores, const float* noise, const bool* valid,
+                                   int64_t n, bool largest, int32_t* keys) {
+  const uint32_t flip = largest ? 0u : 0x80000000u;
+  for (int64_t i = 0; i < n; ++i) {
+    const float score = noise ? scores[i] + noise[i] : scores[i];
+    uint32_t bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    bits ^= flip;
+    const int32_t magnitude = bits & 0x7fffffffu;
+    const int32_t key = static_cast<int32_t>(bits) < 0 ? -magnitude : magnitude;
+    keys[i] = magnitude > 0x7f800000 ? kExcluded + 1 : key;
+  }
+  if (valid == nullptr) return n;
+  int64_t available = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    keys[i] = valid[i] ? keys[i] : kExcluded;
+    available += valid[i];
+  }
+  return available;
+}
+
+SYNCMASK_INLINE int64_t count_at_least(const int32_t* keys, int64_t n, int32_t threshold) {
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < n; begin += 1 << 20) {  // 32-bit counters vectorise
+    const int64_t end = begin + (1 << 20) < n ? begin + (1 << 20) : n;
+    int32_t count = 0;
+    for (int64_t i = begin; i < end; ++i) count += keys[i] >= threshold;
+    total += count;
+  }
+  return total;
+}
+
+// The key of the k-th best position, found bit by bit, and the surplus of positions that share this
+// key and lie behind the k best. 1 <= k <= valid positions.
+SYNCMASK_INLINE int32_t threshold_of(const int32_t* keys, int64_t n, int64_t k, int64_t* surplus) {
+  uint32_t prefix = 0;  // in unsigned order, which is that of the keys with the sign bit flipped
+  int64_t reached = n;
+  for (uint32_t bit = 0x80000000u; bit != 0 && reached != k; bit >>= 1) {
+    const int32_t candidate = static_cast<int32_t>((prefix | bit) ^ 0x80000000u);
+    const int64_t count = count_at_least(keys, n, candidate);
+    if (count < k) continue;
+    prefix |= bit;
+    reached = count;
+  }
+  *surplus = reached - k;
+  return static_cast<int32_t>(prefix ^ 0x80000000u);
+}
+
+// Lists the first `width` marked positions in ascending order, then -1.
+SYNCMASK_INLINE void list_ids(const bool* mask, int64_t n, int64_t* ids, int64_t width) {
+  int64_t listed = 0, i = 0;
+  for (; i + 8 <= n && listed + 8 <= width; i += 8) {
+    uint64_t flags;
+    std::memcpy(&flags, mask + i, sizeof flags);
+    for (; flags != 0; flags &= flags - 1) ids[listed++] = i + __builtin_ctzll(flags) / 8;
+  }
+  for (; i < n && listed < width; ++i) {
+    if (mask[i]) ids[listed++] = i;
+  }
+  while (listed < width) ids[listed++] = -1;
+}
+
+// Marks the k best of n keys.
+SYNCMASK_INLINE void mark_best(const int32_t* keys, int64_t n, int64_t k, bool* mask) {
+  if (k == 0) {
+    std::memset(mask, 0, n * sizeof(bool));
+    return;
+  }
+  int64_t surplus = 0;
+  const int32_t threshold = threshold_of(keys, n, k, &surplus);
+  for (int64_t i = 0; i < n; ++i) mask[i] = keys[i] >= threshold;
+  for (int64_t i = n; surplus > 0; surplus -= keys[i] == threshold) {
+    if (keys[--i] == threshold) mask[i] = false;
+  }
+}
+
+// Marks whole words: pieces with equal ids are one word, whose key is that of its best piece and
+// whose position is that of its first piece. `leaders` and `words` hold n entries.
+SYNCMASK_INLINE void mark_words(int32_t* keys, const int64_t* word_ids, int64_t n,
+                                  const Count& count, int64_t row, int64_t* leaders, bool* words,
+                                  bool* mask) {
+  int64_t available = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    leaders[i] = -1;
+    if (word_ids[i] < 0) keys[i] = kExcluded;
+    if (keys[i] == kExcluded) continue;
+    int64_t first = 0;
+    while (first < i && (leaders[first] != first || word_ids[first] != word_ids[i])) ++first;
+    leaders[i] = first;
+    if (first == i) {
+      ++available;
+    } else {
+      keys[first] = keys[i] > keys[first] ? keys[i] : keys[first];
+      keys[i] = kExcluded;
+    }
+  }
+  mark_best(keys, n, count.of(row, available), words);
+  for (int64_t i = 0; i < n; ++i) mask[i] = leaders[i] >= 0 && words[leaders[i]];
+}
+
+// ---- scores ----
+
+enum class TokenRule : int64_t { kMax = 0, kTextSoftmax = 1, kDual = 2 };
+
+// Attention of one example: `planes` = layers * heads maps of [tokens, patches].
+template <typename T>
+struct Attention {
+  const T* const* planes;  // the first patch of the first token of each
+  int64_t count, token_stride, tokens, patches;
+  const float* lse;         // [count, tokens] or null
+  const bool* token_valid;  // or null
+  const bool* patch_valid;  // or null
+  int64_t cls_row;          // or -1: the patch score is the mean over valid words
+  TokenRule rule;
+
+  SYNCMASK_INLINE bool counts(int64_t token) const {
+    return token_valid == nullptr || token_valid[token];
+  }
+};
+
+// sums[i] += row[i], a whole row at a time: the processor's prefetchers follow a few long runs
+// better than many short ones.
+template <typename T>
+SYNCMASK_INLINE void add_row(const T* row, int64_t patches, float* sums) {
+  int64_t p = 0;
+  for (; p + kLanes <= patches; p += kLanes) {
+    Floats value, sum;
+    widen(row + p, value);
+    widen(sums + p, sum);
+    store(sum + value, sums + p);
+  }
+  for (; p < patches; ++p) sums[p] += widen(row[p]);
+}
+
+// Turns sums over planes into head means, 0 at excluded patches; returns the largest, NaN where
+// there is one.
+template <typename T>
+SYNCMASK_INLINE float finish_means(const Attention<T>& a, float* means) {
+  const float planes = static_cast<float>(a.count);
+  if (a.patch_valid) {
+    for (int64_t p = 0; p < a.patches; ++p) means[p] = a.patch_valid[p] ? means[p] : 0.0f;
+  }
+  Maximum maximum;
+  int64_t p = 0;
+  for (; p + kLanes <= a.patches; p += kLanes) {
+    Floats mean;
+    widen(means + p, mean);
+    mean /= planes;
+    store(mean, means + p);
+    maximum.take(mean);
+  }
+  float best = maximum.value();
+  for (; p < a.patches; ++p) best = larger(best, means[p] /= planes);
+  return best;
+}
+
+constexpr int kTokens = 4;  // words whose means are summed side by side
+
+// patch_scores (zero at the start) becomes the mean over valid words of the head mean, or its CLS
+// row; token_scores its maximum over patches where the rule is kMax. Reads the row of a valid word
+// once, and no other row but that of the CLS. `means` holds kTokens rows of patches.
+template <typename T>
+SYNCMASK_INLINE void score_mean(const Attention<T>& a, float* patch_scores, float* token_scores,
+                                float* means) {
+  const bool by_max = a.rule == TokenRule::kMax && a.patches > 0;
+  int64_t summed = 0;
+  for (int64_t begin = 0; begin < a.tokens;) {
+    int64_t tokens[kTokens], next = begin;
+    int block = 0;
+    for (; next < a.tokens && block < kTokens; ++next) {
+      const bool read = (a.counts(next) && (by_max || a.cls_row < 0)) || next == a.cls_row;
+      token_scores[next] = 0.0f;
+      if (read) tokens[block++] = next;
+    }
+    std::memset(means, 0, block * a.patches * sizeof(float));
+    for (int64_t plane = 0; plane < a.count; ++plane) {
+      for (int i = 0; i < block; ++i) {
+        add_row(a.planes[plane] + tokens[i] * a.token_stride, a.patches, means + i * a.patches);
+      }
+    }
+    for (int i = 0; i < block; ++i) {
+      float* row = means + i * a.patches;
+      const float best = finish_means(a, row);
+      if (by_max && a.counts(tokens[i])) token_scores[tokens[i]] = best;
+      if (a.cls_row >= 0 && tokens[i] != a.cls_row) continue;
+      add_row(row, a.patches, patch_scores);
+      ++summed;
+    }
+    begin = next;
+  }
+  if (summed < 2) return;
+  for (int64_t p = 0; p < a.patches; ++p) patch_scores[p] /= static_cast<float>(summed);
+}
+
+// The factor that turns a probability of each word into its unnormalised weight among words:
+// exp(lse) up to a common factor, 1 without lse, 0 for words that do not count.
+template <typename T>
+SYNCMASK_INLINE void word_factors(const Attention<T>& a, int64_t plane, float* factors) {
+  const float* lse = a.lse ? a.lse + plane * a.tokens : nullptr;
+  float top = -INFINITY;
+  for (int64_t t = 0; lse && t < a.tokens; ++t) {
+    if (a.counts(t) && !(lse[t] <= top)) top = lse[t];  // NaN wins, and stays
+    if (top != top) break;
+  }
+  if (top == -INFINITY) top = 0.0f;
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    factors[t] = !a.counts(t) ? 0.0f : lse ? std::exp(lse[t] - top) : 1.0f;
+  }
+}
+
+// token_scores by the rules that let a patch choose among words. Of the rows below `totals` holds a
+// float a patch, `factors` one a word, `shares` one a word and patch.
+template <typename T>
+SYNCMASK_INLINE void score_shares(const Attention<T>& a, float* token_scores, float* totals,
+                                  float* factors, float* shares) {
+  const bool dual = a.rule == TokenRule::kDual;
+  std::memset(shares, 0, a.tokens * a.patches * sizeof(float));
+  for (int64_t plane = 0; plane < a.count; ++plane) {
+    word_factors(a, plane, factors);
+    std::memset(totals, 0, a.patches * sizeof(float));
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      const T* row = a.planes[plane] + t * a.token_stride;
+      if (factors[t] == 0.0f) continue;
+      for (int64_t p = 0; p < a.patches; ++p) totals[p] += widen(row[p]) * factors[t];
+    }
+    // A patch that no word looks at is shared by none.
+    for (int64_t p = 0; p < a.patches; ++p) totals[p] = totals[p] == 0.0f ? 1.0f : totals[p];
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      const T* row = a.planes[plane] + t * a.token_stride;
+      float* sums = shares + t * a.patches;
+      if (factors[t] == 0.0f) continue;
+      for (int64_t p = 0; p < a.patches; ++p) {
+        const float value = widen(row[p]);
+        const float share = value * factors[t] / totals[p];
+        sums[p] += dual ? share * value : share;
+      }
+    }
+  }
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    if (!a.counts(t) || a.patches == 0) continue;
+    float* row = shares + t * a.patches;
+    const float best = finish_means(a, row);
+    float total = 0.0f;
+    for (int64_t p = 0; p < a.patches; ++p) total += row[p];
+    token_scores[t] = dual ? total : best;
+  }
+}
+
+}  // namespace syncmask

@@ -1,0 +1,26 @@
+"""The native libraries of `syncmask_kernels/lib`: load one, or tell why it is out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+LIB = Path(__file__).parent.parent / "lib"
+
+
+def load(name: str) -> tuple[str | None, str]:
+    """Load ``libsyncmask_<name>.so``: the reason why it cannot be (or None), and its state."""
+    record = LIB / "build.json"
+    if not record.exists():
+        reason = f"{record} is missing: the package was not installed (pip install .)"
+        return reason, f"out: {reason}"
+    built = json.loads(record.read_text()).get(name, {"built": False, "detail": "unknown"})
+    if not built["built"]:
+        return f"it was not built: {built['detail']}", f"not built: {built['detail']}"
+    try:
+        torch.ops.load_library(LIB / f"libsyncmask_{name}.so")
+    except OSError as error:
+        return f"it does not load: {error}", f"built, but does not load: {error}"
+    return None, f"ready ({built['detail']})"
