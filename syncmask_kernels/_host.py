@@ -1,11 +1,19 @@
-"""What the host does before an operator runs: draw a seed, look at values it can see."""
+"""What the host does before an operator runs: read a ratio, draw a seed, look at values."""
 
 from __future__ import annotations
+
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks
+
+
+def as_fraction(share: float) -> tuple[int, int]:
+    """Numerator and denominator of a share, exact where a float would round (0.07 of 100 is 7)."""
+    exact = Fraction(share).limit_denominator(10**6)
+    return exact.numerator, exact.denominator
 
 
 def ids_within(name: str, ids: Tensor, low: int, high: int, of: str) -> None:

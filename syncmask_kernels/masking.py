@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks, _host, backends
-from syncmask_kernels.selection import _as_fraction
 
 
 def _check_token_ids(input_ids: Tensor) -> None:
@@ -31,7 +30,10 @@ def _bounds(probs: Sequence[float]) -> tuple[int, int]:
     """The 32-bit random integers below which a token is masked, and below which it is replaced."""
     if len(probs) != 3 or min(probs) < 0 or abs(sum(probs) - 1) > 1e-6:
         raise ValueError(f"probs must be three shares that sum to 1, got {tuple(probs)}")
-    (mask, mask_den), (replace, replace_den) = _as_fraction(probs[0]), _as_fraction(probs[1])
+    (mask, mask_den), (replace, replace_den) = (
+        _host.as_fraction(probs[0]),
+        _host.as_fraction(probs[1]),
+    )
     both = mask * replace_den + replace * mask_den
     return (mask << 32) // mask_den, (both << 32) // (mask_den * replace_den)
 

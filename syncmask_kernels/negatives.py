@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks, _host, backends
-from syncmask_kernels.selection import _as_fraction
 
 MODES = ("multinomial", "hardest", "semi_hard")
 
@@ -137,7 +136,7 @@ def sample_negatives(
         _checks.same_device("noise", noise, "sim", sim)
     elif mode == "multinomial":
         seed = _host.philox_seed(seed, generator, sim.device)
-    rank = _as_fraction(1.0 if quantile is None else quantile)
+    rank = _host.as_fraction(1.0 if quantile is None else quantile)
     run = backends.choose("sample_negatives", sim)
     return Negatives(
         *run(sim.detach(), positive, exclude, row_ids, col_ids, mode, margin, rank, seed, noise)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends.eager.philox import philox
+from syncmask_kernels.backends.eager.philox import philox_grid
 
 Runs = tuple[tuple[int, int], ...]
 
@@ -33,11 +33,7 @@ def mask_tokens(
     Its first random word is compared with `bounds` (mask below the first, replace below the
     second), its second one draws one of the `words` ids that are not special.
     """
-    batch, tokens = input_ids.shape
-    column = torch.arange(tokens, device=input_ids.device).expand(batch, tokens)
-    row = torch.arange(batch, device=input_ids.device).unsqueeze(1).expand(batch, tokens)
-    zero = torch.zeros_like(column)
-    action, draw, _, _ = philox(seed, (column, row, zero, zero))
+    (action, _), (draw, _) = philox_grid(seed, *input_ids.shape)
     word = (draw * words) >> 32
     for first, last in special_runs:
         word = torch.where(word >= first, word + (last - first + 1), word)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends.eager.philox import gumbel, philox_grid
+from syncmask_kernels.backends.eager.philox import gumbel, philox_cells
 from syncmask_kernels.backends.eager.selection import order_keys
 
 
@@ -80,6 +80,6 @@ def sample_negatives(
     else:
         if noise is None:
             assert seed is not None
-            noise = gumbel(philox_grid(seed, batch, columns))
+            noise = gumbel(philox_cells(seed, batch, columns))
         ids = _first(sim + noise.to(sim.dtype), candidate)
     return ids.masked_fill(~found, 0), found

@@ -15,42 +15,46 @@ LOW_32 = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
-Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+def _pair(values: tuple[int, int], like: Tensor) -> Tensor:
+    """Two constants along the first of the dimensions of `like`, made on its device."""
+    first, second = values
+    pair = torch.arange(2, device=like.device) * (second - first) + first
+    return pair.reshape(2, *(1,) * (like.dim() - 1))
 
 
-def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, no step of which leaves int64."""
-    upper, lower = word * (factor >> 16), word * (factor & 0xFFFF)
-    high = (upper + (lower >> 16)) >> 16
-    low = (((upper & 0xFFFF) << 16) + lower) & LOW_32
-    return high, low
+def philox(seed: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+    """The random words 0 and 2 and the random words 1 and 3 of each counter.
 
-
-def philox(seed: Tensor, counter: Words) -> Words:
-    """Four random words for each counter; all words are int64 tensors with values in [0, 2^32).
-
-    The key is the low 32 bits of each of the two values of `seed`.
+    Words are int64 in [0, 2^32). `even` [2, ...] holds the counters' words 0 and 2, `odd` [2, ...]
+    their words 1 and 3; the key is the low 32 bits of each of the two values of `seed`.
     """
-    c0, c1, c2, c3 = counter
-    key = seed & LOW_32
-    for round_ in range(ROUNDS):
-        k0 = (key[0] + round_ * KEY_STEPS[0]) & LOW_32
-        k1 = (key[1] + round_ * KEY_STEPS[1]) & LOW_32
-        high_a, low_a = _multiply(MULTIPLIERS[0], c0)
-        high_b, low_b = _multiply(MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-    return c0, c1, c2, c3
+    factor = _pair(MULTIPLIERS, even)
+    factor_high, factor_low = factor >> 16, factor & 0xFFFF
+    key = (seed & LOW_32).reshape(factor.shape)
+    step = _pair(KEY_STEPS, even)
+    for _ in range(ROUNDS):
+        # The 64 bits of even * factor from products of 32 and 16 bits: int64 never overflows.
+        upper, lower = even * factor_high, even * factor_low
+        high = (upper + (lower >> 16)) >> 16
+        low = (((upper & 0xFFFF) << 16) + lower) & LOW_32
+        even, odd = high.flip(0) ^ odd ^ key, low.flip(0)
+        key = (key + step) & LOW_32
+    return even, odd
 
 
-def philox_grid(seed: Tensor, rows: int, columns: int) -> Tensor:
-    """A word in [0, 2^32) for each cell, int64 [rows, columns].
-
-    Cell (row, column) is word ``column % 4`` of the counter ``(column // 4, row, 0, 0)``.
-    """
-    block = torch.arange((columns + 3) // 4, device=seed.device).unsqueeze(0)
-    row = torch.arange(rows, device=seed.device).unsqueeze(1)
+def philox_grid(seed: Tensor, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Words 0 and 2, and 1 and 3, of the counters (block, row, 0, 0): two of [2, rows, blocks]."""
+    block = torch.arange(blocks, device=seed.device).expand(rows, blocks)
+    row = torch.arange(rows, device=seed.device).unsqueeze(1).expand(rows, blocks)
     zero = torch.zeros_like(block)
-    words = torch.stack(torch.broadcast_tensors(*philox(seed, (block, row, zero, zero))), dim=-1)
+    return philox(seed, torch.stack([block, zero]), torch.stack([row, zero]))
+
+
+def philox_cells(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """int64 [rows, columns]: cell (row, n) is word n % 4 of the counter (n // 4, row, 0, 0)."""
+    even, odd = philox_grid(seed, rows, (columns + 3) // 4)
+    words = torch.stack([even[0], odd[0], even[1], odd[1]], dim=-1)
     return words.flatten(1)[:, :columns]
 
 
