@@ -55,7 +55,6 @@ class SyncMask(NamedTuple):
     token_scores: Tensor
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _as_fraction(ratio: float) -> tuple[int, int]:
     exact = Fraction(ratio).limit_denominator(10**6)
     return exact.numerator, exact.denominator
