@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 CONFIG = "config.json"
@@ -65,7 +65,7 @@ class MaskQuality(TypedDict, total=False):
     """How good the masks are where the truth is known; ``_random``: random masks of equal size.
 
     - ``words_visible``: share of the masked attribute words that are visible in their view.
-    - ``patches_described``: mean share of a masked patch that lies on described, visible parts.
+    - ``patches_described``: share of the masked patches that lie on described, visible parts.
     - ``details_covered``: share of the area of small described details that the mask covers.
     """
 
@@ -204,7 +204,7 @@ class Examples:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if _is_tensor(v)}
         with atomic_path(Path(run_dir) / f"{EXAMPLES}.safetensors") as temporary:
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))
         texts = {k: v for k, v in values.items() if not _is_tensor(v)}
         save_json(Path(run_dir) / f"{EXAMPLES}.json", texts)
 

@@ -46,7 +46,7 @@ VIEWS = ("front", "back")
 VIEW_OF = {"pocket": "front", "badge": "front", "print": "back"}
 
 _BACKDROPS = ((236, 232, 225), (225, 231, 238), (230, 237, 230), (240, 230, 228), (232, 229, 240))
-_SCALES = (1.0, 1.06, 1.12)
+_SCALES = (0.98, 1.03, 1.08)
 _JITTER = 3
 
 Colour = tuple[int, int, int]

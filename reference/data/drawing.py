@@ -193,13 +193,14 @@ def sheet(garment: str, view: str, scale: float, size: int) -> Sheet:
     unit = body.unit
     seams = ImageChops.multiply(line.image, soft).point(lambda value: value * 0.6)
     light = _blurred(soft, 3.5 * unit).point(lambda value: min(255, 184 + 0.32 * value))
-    shadow = _blurred(soft, 2.2 * unit).point(lambda value: value * 0.3)
+    shadow = Image.new("L", soft.size)
+    shadow.paste(soft.point(lambda value: value * 0.3), (round(unit), round(2.2 * unit)))
     return Sheet(
         body=soft.reduce(_OVERSAMPLING),
         trim=ImageChops.multiply(trim.image, soft).reduce(_OVERSAMPLING),
         line=ImageChops.lighter(seams, _contour(soft, 0.9 * unit)).reduce(_OVERSAMPLING),
         light=Image.merge("RGB", 3 * [light.reduce(_OVERSAMPLING)]),
-        shadow=ImageChops.offset(shadow, round(unit), round(2.2 * unit)).reduce(_OVERSAMPLING),
+        shadow=_blurred(shadow, 2.2 * unit).reduce(_OVERSAMPLING),
     )
 
 

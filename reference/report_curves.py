@@ -1,0 +1,76 @@
+"""Curves of a training run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+_LOSSES = {
+    "loss": "Total loss",
+    "itc": "ITC: image-text contrast",
+    "itm": "ITM: matching",
+    "mlm": "MLM: masked words",
+    "mim": "MIM: masked patches",
+}
+_LINE, _SECOND = "#5460c8", "#e20074"
+
+
+def loss_curves(metrics: Sequence[dict[str, Any]], *, dark: bool = False) -> bytes:
+    """A PNG of the losses, and of the retrieval recall, against the step."""
+    logged = [row for row in metrics if "loss" in row]
+    evaluated = [row for row in metrics if "eval" in row]
+    paper, ink = ("#171a21", "#c6cad4") if dark else ("#ffffff", "#3c404b")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14, wspace=0.04, hspace=0.06)
+    figure = Figure(figsize=(11.4, 5.6), dpi=150, facecolor=paper, layout=layout)
+    axes = figure.subplots(2, 3).ravel()
+    for axis, (name, title) in zip(axes, _LOSSES.items(), strict=False):
+        _style(axis, title, paper, ink)
+        points = [(row["step"], row[name]) for row in logged if name in row]
+        if points:
+            steps, values = np.array(points).T
+            axis.plot(steps, values, color=_LINE, alpha=0.28, linewidth=1)
+            axis.plot(steps, _smooth(values), color=_LINE, linewidth=2)
+    _recalls(axes[-1], evaluated, paper, ink)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor=paper, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _recalls(axis: Axes, evaluated: Sequence[dict[str, Any]], paper: str, ink: str) -> None:
+    _style(axis, "Recall at 10, validation", paper, ink)
+    steps = [row["step"] for row in evaluated]
+    for key, label, colour in (
+        ("t2i", "text to image", _LINE), ("i2t", "image to text", _SECOND)
+    ):  # fmt: skip
+        values = [100 * row["eval"]["retrieval"][key]["r10"] for row in evaluated]
+        axis.plot(steps, values, "o-", color=colour, markersize=4, linewidth=2, label=label)
+    if evaluated:
+        chance = 100 * evaluated[-1]["eval"]["retrieval"]["chance"]["t2i"]["r10"]
+        axis.axhline(chance, color=ink, linestyle=":", linewidth=1, label="chance")
+        axis.set_ylim(0, 100)
+        axis.yaxis.set_major_formatter("{x:.0f} %")
+        axis.legend(frameon=False, fontsize=8, labelcolor=ink, loc="best")
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A running mean that shortens at the ends."""
+    width = max(1, len(values) // 20) | 1
+    ones = np.ones(width)
+    counts = np.convolve(np.ones_like(values), ones, "same")
+    return np.convolve(values, ones, "same") / counts
+
+
+def _style(axis: Axes, title: str, paper: str, ink: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10, color=ink, fontweight="bold")
+    axis.set_facecolor(paper)
+    axis.grid(color=ink, alpha=0.15, linewidth=0.7)
+    axis.tick_params(colors=ink, labelsize=8, length=0)
+    axis.set_xlabel("step", fontsize=8, color=ink)
+    for spine in axis.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,220 @@
+"""Pictures of masks and of retrieved neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import isqrt
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+
+from reference.run_files import Examples
+
+Pixels = NDArray[np.uint8]
+Bits = NDArray[np.bool_]
+Colour = tuple[int, int, int]
+
+OUTLINE: Colour = (226, 0, 116)
+HIT: Colour = (46, 158, 91)
+MISS: Colour = (208, 208, 214)
+INK: Colour = (32, 35, 42)
+FAINT: Colour = (110, 115, 128)
+CHIPS: dict[str, Colour] = {"seen": HIT, "unseen": (214, 120, 32), "masked": (84, 96, 200)}
+"""Colours of masked words: named thing visible in this view, not visible, no attribute word."""
+
+_SIDE = 256
+_MASKED: Colour = (176, 180, 190)
+
+
+@dataclass
+class Word:
+    """A word of a caption as the report marks it."""
+
+    text: str
+    kind: str
+    """``"seen"``, ``"unseen"``, ``"masked"`` (see `CHIPS`), or where the word was not chosen
+    ``"absent"`` (an attribute word that names nothing in this view) or ``"plain"``"""
+
+
+def words_of(examples: Examples, i: int) -> list[Word]:
+    """The words of pair `i`, their pieces joined, special tokens left out."""
+    words: list[Word] = []
+    for token, chosen, visible in zip(
+        examples.tokens[i],
+        examples.token_mask[i].tolist(),
+        examples.token_visible[i].tolist(),
+        strict=False,
+    ):
+        if token.startswith("[") and token.endswith("]"):
+            continue
+        if token.startswith("##") and words:
+            words[-1].text += token[2:]
+        elif chosen:
+            words.append(Word(token, {1: "seen", 0: "unseen"}.get(visible, "masked")))
+        else:
+            words.append(Word(token, "absent" if visible == 0 else "plain"))
+    return words
+
+
+def photo(image: Tensor, side: int = _SIDE) -> Image.Image:
+    """An image uint8 [3, S, S], enlarged."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+        (side, side), Image.Resampling.LANCZOS
+    )
+
+
+def chosen_view(image: Tensor, patch_mask: Tensor) -> Image.Image:
+    """The image with the patches that were not chosen dimmed, and the chosen ones outlined."""
+    chosen = _enlarged(patch_mask)
+    pixels = np.asarray(photo(image), np.float32)
+    dimmed = 0.4 * pixels.mean(-1, keepdims=True) + 0.6 * 245
+    shown = np.where(chosen[..., None], pixels, dimmed)
+    shown[_rim(chosen, 3)] = OUTLINE
+    return Image.fromarray(shown.astype(np.uint8))
+
+
+def masked_view(image: Tensor, patch_mask: Tensor) -> Image.Image:
+    """What the MIM branch sees: the image without the chosen patches."""
+    y, x = np.mgrid[:_SIDE, :_SIDE]
+    hatch = np.where(((x + y) % 12 < 2)[..., None], 205, np.array(_MASKED))
+    return Image.fromarray(
+        np.where(_enlarged(patch_mask)[..., None], hatch, np.asarray(photo(image))).astype(np.uint8)
+    )
+
+
+def heat_view(image: Tensor, scores: Tensor) -> Image.Image:
+    """The patch scores, from the least (dark) to the most, over a grey image."""
+    values = np.nan_to_num(scores.float().numpy(), posinf=0, neginf=0)
+    span = np.ptp(values) or 1
+    grid = _grid(((values - values.min()) / span * 255).astype(np.uint8))
+    smooth = Image.fromarray(grid).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+    colours = matplotlib.colormaps["inferno"](np.asarray(smooth))[..., :3] * 255
+    grey = np.asarray(photo(image).convert("L"))[..., None]
+    return Image.fromarray((0.72 * colours + 0.28 * grey).astype(np.uint8))
+
+
+VIEWS: dict[str, Callable[[Examples, int], Image.Image]] = {
+    "Image": lambda e, i: photo(e.image[i]),
+    "Chosen patches": lambda e, i: chosen_view(e.image[i], e.patch_mask[i]),
+    "What MIM sees": lambda e, i: masked_view(e.image[i], e.patch_mask[i]),
+    "Patch scores": lambda e, i: heat_view(e.image[i], e.patch_scores[i]),
+}
+
+
+def _grid(patches: NDArray) -> NDArray:
+    side = isqrt(len(patches))
+    if side * side != len(patches):
+        raise ValueError(f"{len(patches)} patches are no square grid")
+    return patches.reshape(side, side)
+
+
+def _enlarged(patch_mask: Tensor) -> Bits:
+    grid = Image.fromarray(_grid(patch_mask.numpy()).astype(np.uint8))
+    return np.asarray(grid.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)) > 0
+
+
+def _rim(area: Bits, width: int) -> Bits:
+    """The outermost pixels of an area, `width` deep."""
+    padded = Image.fromarray(np.pad(area, width).astype(np.uint8))
+    core = np.asarray(padded.filter(ImageFilter.MinFilter(2 * width + 1)))
+    return area & (core[width:-width, width:-width] == 0)
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", name), size)
+
+
+_GAP, _MARGIN, _LINE = 12, 36, 34
+
+
+def mask_sheet(examples: Examples, *, pairs: int = 6, columns: int = 2) -> Image.Image:
+    """A picture of the first pairs: their views, and their captions with chosen words marked."""
+    count = min(pairs, len(examples.image))
+    width = len(VIEWS) * (_SIDE + _GAP) - _GAP
+    captions = [_set_words(words_of(examples, i), width) for i in range(count)]
+    lines = max((text.height for text in captions), default=0)
+    height, top = _SIDE + lines + 2 * _GAP, _MARGIN + _LINE
+    sheet_width = columns * (width + _MARGIN) + _MARGIN
+    legend = _set_words(_legend(examples), sheet_width - 2 * _MARGIN, size=17)
+    foot = top + -(-count // columns) * height + _GAP
+    sheet = Image.new("RGB", (sheet_width, foot + legend.height + _GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(captions):
+        left = _MARGIN + i % columns * (width + _MARGIN)
+        y = top + i // columns * height
+        for j, (title, view) in enumerate(VIEWS.items()):
+            x = left + j * (_SIDE + _GAP)
+            if i < columns:
+                draw.text((x, _MARGIN - 4), title, FAINT, _font(20))
+            sheet.paste(view(examples, i), (x, y))
+        sheet.paste(caption, (left, y + _SIDE + 6))
+    sheet.paste(legend, (_MARGIN, foot))
+    return sheet
+
+
+def _legend(examples: Examples) -> list[Word]:
+    if not (examples.token_visible >= 0).any():
+        return [Word("masked word", "masked")]
+    return [
+        Word("masked, visible in this view", "seen"),
+        Word("masked, not visible in this view", "unseen"),
+        Word("masked, names nothing an image can show", "masked"),
+    ]
+
+
+def _set_words(words: Sequence[Word], width: int, *, size: int = 21) -> Image.Image:
+    """Words set in lines of at most `width` pixels, masked ones as chips."""
+    places, x, y = [], 0, 4
+    for word in words:
+        chip = CHIPS.get(word.kind)
+        font, inset = _font(size, bold=chip is not None), 7 if chip else 0
+        length = round(font.getlength(word.text)) + 2 * inset
+        if x and x + length > width:
+            x, y = 0, y + _LINE
+        places.append((word, chip, font, inset, length, x, y))
+        x += length + 9
+    image = Image.new("RGB", (width, y + _LINE), "white")
+    draw = ImageDraw.Draw(image)
+    for word, chip, font, inset, length, x, y in places:
+        if chip:
+            draw.rounded_rectangle((x, y - 3, x + length, y + size + 7), 7, chip)
+        colour = "white" if chip else FAINT if word.kind == "absent" else INK
+        draw.text((x + inset, y), word.text, colour, font)
+    return image
+
+
+def gallery_sheet(examples: Examples, *, side: int = 150) -> Image.Image:
+    """A picture of the first images retrieved for each text; hits are framed green."""
+    rows, columns = examples.gallery_hits.shape
+    width = max(columns, 5) * (side + _GAP) - _GAP + 2 * _MARGIN
+    height = side + 2 * _LINE + _GAP
+    sheet = Image.new("RGB", (width, max(1, rows) * height + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, query in enumerate(examples.gallery_queries):
+        y = _MARGIN + i * height
+        draw.text((_MARGIN, y - 8), _shortened(query, width - 2 * _MARGIN), INK, _font(17))
+        for j, (image, hit) in enumerate(
+            zip(examples.gallery_images[i], examples.gallery_hits[i].tolist(), strict=True)
+        ):
+            x = _MARGIN + j * (side + _GAP)
+            box = (x, y + _LINE, x + side, y + _LINE + side)
+            sheet.paste(photo(image, side), box[:2])
+            draw.rectangle(box, outline=HIT if hit else MISS, width=6 if hit else 1)
+    return sheet
+
+
+def _shortened(text: str, width: int) -> str:
+    font = _font(17)
+    if font.getlength(text) <= width:
+        return text
+    while font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
