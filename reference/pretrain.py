@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig) -> Path:
         seed=config.seed,
         tokenizer=load_tokenizer(saved) if saved else None,
     )
-    state = _build(config, data)
+    state = build(config, data)
     if saved:
         load_checkpoint(saved, state)
     keep_metrics(run, state.step)
@@ -85,7 +85,8 @@ def _open_run(run: Path, config: PretrainConfig) -> None:
     save_json(run / CONFIG, asdict(config))
 
 
-def _build(config: PretrainConfig, data: Data) -> TrainState:
+def build(config: PretrainConfig, data: Data) -> TrainState:
+    """A freshly initialised model and teacher, with their optimiser and schedule."""
     torch.manual_seed(derived_seed(config.seed, "initialisation", 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = SyncMaskModel(config, len(data.tokenizer), data.tokenizer.pad_token_id).to(device)
@@ -185,7 +186,7 @@ def _log(board: SummaryWriter, group: str, values: Mapping[str, Any], step: int)
 
 def parse_config(arguments: list[str]) -> PretrainConfig:
     """Read the command line; with ``--resume``, options not given are those of the run."""
-    parser = HfArgumentParser([PretrainConfig], description=__doc__)
+    parser = HfArgumentParser(PretrainConfig, description=__doc__)  # type: ignore[arg-type]
     known = parser.parse_args(arguments)
     if known.resume and (Path(known.output) / CONFIG).exists():
         parser.set_defaults(**load_json(Path(known.output) / CONFIG))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,7 +27,7 @@ def _capturing_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     captured: list[QKV] | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """SDPA that appends the inputs of cross-attentions to the caller's list."""
     if captured is not None and isinstance(module, BertCrossAttention):
@@ -87,5 +89,6 @@ def fusion_config(base: BertConfig, layers: int) -> BertConfig:
         "num_hidden_layers": layers,
         "is_decoder": True,
         "add_cross_attention": True,
+        "attn_implementation": CAPTURING_SDPA,
     }
-    return BertConfig(**options, attn_implementation=CAPTURING_SDPA)
+    return BertConfig(**options)
