@@ -44,7 +44,7 @@ class Word:
 
 def words_of(examples: Examples, i: int) -> list[Word]:
     """The words of pair `i`, their pieces joined, special tokens left out."""
-    words: list[Word] = []
+    words: list[tuple[str, bool, int]] = []
     for token, chosen, visible in zip(
         examples.tokens[i],
         examples.token_mask[i].tolist(),
@@ -54,12 +54,16 @@ def words_of(examples: Examples, i: int) -> list[Word]:
         if token.startswith("[") and token.endswith("]"):
             continue
         if token.startswith("##") and words:
-            words[-1].text += token[2:]
-        elif chosen:
-            words.append(Word(token, {1: "seen", 0: "unseen"}.get(visible, "masked")))
-        else:
-            words.append(Word(token, "absent" if visible == 0 else "plain"))
-    return words
+            text, before, _ = words.pop()
+            token, chosen = text + token[2:], chosen or before
+        words.append((token, chosen, visible))
+    return [Word(text, _kind(chosen, visible)) for text, chosen, visible in words]
+
+
+def _kind(chosen: bool, visible: int) -> str:
+    if chosen:
+        return {1: "seen", 0: "unseen"}.get(visible, "masked")
+    return "absent" if visible == 0 else "plain"
 
 
 def photo(image: Tensor, side: int = _SIDE) -> Image.Image:

@@ -99,7 +99,7 @@ def test_a_detail_changes_its_own_pixels_in_its_own_view_only(kind, part):
         assert not (changed & ~covered).any()
         assert changed.sum() >= 0.9 * covered.sum()
         if VIEW_OF[part.kind] == view:
-            assert covered.sum() > 64
+            assert covered.sum() > 48
             assert (np.asarray(body)[covered] > 0).all()
 
 
