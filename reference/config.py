@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerFast
+
+from reference.data import Data, load_data
 from reference.model.config import ModelConfig
 
 
@@ -74,3 +77,15 @@ class PretrainConfig(MaskConfig, ModelConfig):
         layers = self.fusion_layers
         if not -layers <= self.mask_layer < layers:
             raise ValueError(f"mask_layer must lie in [{-layers}, {layers}), got {self.mask_layer}")
+
+    def load_data(self, tokenizer: PreTrainedTokenizerFast | None = None) -> Data:
+        """The data of the run, with a tokenizer of its own unless one is given."""
+        return load_data(
+            self.data,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            max_tokens=self.max_tokens,
+            items=self.items,
+            seed=self.seed,
+            tokenizer=tokenizer,
+        )

@@ -1,7 +1,12 @@
-"""What a trained model can do: retrieval, and how well its masks find what image and text share."""
+"""What a trained model can do: retrieval, and how well its masks find what image and text share.
+
+``python -m reference.evaluate RUN`` prints it for the last checkpoint of a run.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from math import comb
 from typing import NamedTuple
 
@@ -9,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from reference.batch import make_batch
-from reference.config import MaskConfig
+from reference.batch import derived_seed, make_batch
+from reference.checkpoint import checkpoints, load_model
+from reference.config import MaskConfig, PretrainConfig
 from reference.data import PairDataset, Truth
 from reference.masks import random_masks, teacher_masks
 from reference.model import SyncMaskModel
-from reference.run_files import Examples, MaskQuality, Recalls, Retrieval
+from reference.run_files import Evaluation, MaskQuality, Recalls, Retrieval
 
 CHUNK = 256
 RANDOM_DRAWS = 20
@@ -42,6 +48,21 @@ class Encoded(NamedTuple):
     """bool ``[N, draws, T]``"""
 
 
+def evaluate(
+    model: SyncMaskModel,
+    dataset: PairDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    config: PretrainConfig,
+) -> tuple[Evaluation, Encoded]:
+    """Retrieval, and where the truth is known the figures of the masks; deterministic."""
+    torch.manual_seed(derived_seed(config.seed, "evaluation", 0))
+    encoded = encode(model, dataset, tokenizer, config)
+    evaluation: Evaluation = {"retrieval": retrieval(encoded, dataset)}
+    if dataset.truth is not None:
+        evaluation["masks"] = mask_figures(encoded, dataset.truth)
+    return evaluation, encoded
+
+
 @torch.no_grad()
 def encode(
     model: SyncMaskModel,
@@ -49,7 +70,7 @@ def encode(
     tokenizer: PreTrainedTokenizerFast,
     config: MaskConfig,
 ) -> Encoded:
-    """Features and masks of every pair; draws the random masks from the global generator."""
+    """Features and masks of every pair; the random masks come from the global generator."""
     device = model.temperature.device
     length = dataset.input_ids.shape[1]
     chunks: list[tuple[Tensor, ...]] = []
@@ -173,52 +194,21 @@ def word_auc(scores: Tensor, word_visible: Tensor) -> float:
     return float((wins.sum(dim=(1, 2))[both] / count[both]).mean())
 
 
-def examples(
-    encoded: Encoded,
-    dataset: PairDataset,
-    tokenizer: PreTrainedTokenizerFast,
-    items: int = 6,
-    queries: int = 6,
-) -> Examples:
-    """Pairs with their masks, up to two views of each of `items` items, and retrieved neighbours.
-
-    Items and queries are spread evenly over the data set.
-    """
-    texts, _ = distinct(dataset.captions)
-    shown = torch.cat(
-        [
-            (dataset.item_ids == item).nonzero()[:2, 0]
-            for item in _spread(dataset.item_ids.unique(), items)
-        ]
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument(
+        "--weights", choices=("teacher", "model"), default="teacher", help="whose weights"
     )
-    asked = _spread(texts, queries)
-    images = _spread(torch.arange(len(dataset)), queries)
-    found = nearest(encoded.text_features[asked], encoded.image_features, 5)
-    answers = texts[nearest(encoded.image_features[images], encoded.text_features[texts], 3)]
-    truth = dataset.truth
-    unknown = torch.full_like(dataset.input_ids[shown], -1, dtype=torch.int8)
-    return Examples(
-        image=dataset.images[shown],
-        patch_mask=encoded.patch_mask[shown],
-        patch_scores=encoded.patch_scores[shown],
-        token_mask=encoded.token_mask[shown],
-        token_scores=encoded.token_scores[shown],
-        token_visible=unknown if truth is None else truth.word_visible[shown],
-        gallery_images=dataset.images[found],
-        gallery_hits=dataset.item_ids[found] == dataset.item_ids[asked, None],
-        query_images=dataset.images[images],
-        query_hits=dataset.item_ids[answers] == dataset.item_ids[images, None],
-        tokens=[
-            [str(token) for token in tokenizer.convert_ids_to_tokens(row)]
-            for row in dataset.input_ids[shown].tolist()
-        ],
-        captions=[dataset.captions[row] for row in shown.tolist()],
-        gallery_queries=[dataset.captions[row] for row in asked.tolist()],
-        query_captions=[[dataset.captions[row] for row in rows] for rows in answers.tolist()],
-    )
+    arguments = parser.parse_args()
+    saved = checkpoints(arguments.run)
+    if not saved:
+        raise SystemExit(f"error: {arguments.run} holds no checkpoint")
+    model, config, tokenizer = load_model(saved[-1], arguments.weights)
+    evaluation, _ = evaluate(model, config.load_data(tokenizer).val, tokenizer, config)
+    print(json.dumps(evaluation, indent=2))
 
 
-def _spread(values: Tensor, count: int) -> Tensor:
-    """At most `count` of the values, evenly spread."""
-    positions = torch.linspace(0, len(values) - 1, min(count, len(values)))
-    return values[positions.round().long()]
+if __name__ == "__main__":
+    main()

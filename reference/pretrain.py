@@ -36,8 +36,9 @@ from reference.checkpoint import (
     save_checkpoint,
 )
 from reference.config import PretrainConfig
-from reference.data import Data, load_data
-from reference.evaluate import Encoded, encode, examples, mask_figures, retrieval
+from reference.data import Data
+from reference.evaluate import evaluate
+from reference.examples import examples
 from reference.masks import choose_masks
 from reference.model import SyncMaskModel
 from reference.objective import compute_losses
@@ -45,7 +46,6 @@ from reference.report import write_report
 from reference.run_files import (
     CONFIG,
     EVALUATION,
-    Evaluation,
     append_metrics,
     keep_metrics,
     load_json,
@@ -58,15 +58,7 @@ def pretrain(config: PretrainConfig) -> Path:
     run = Path(config.output)
     _open_run(run, config)
     saved = checkpoints(run)[-1] if checkpoints(run) else None
-    data = load_data(
-        config.data,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        max_tokens=config.max_tokens,
-        items=config.items,
-        seed=config.seed,
-        tokenizer=load_tokenizer(saved) if saved else None,
-    )
+    data = config.load_data(load_tokenizer(saved) if saved else None)
     state = build(config, data)
     if saved:
         load_checkpoint(saved, state)
@@ -78,9 +70,9 @@ def pretrain(config: PretrainConfig) -> Path:
 def _open_run(run: Path, config: PretrainConfig) -> None:
     started = (run / CONFIG).exists()
     if config.resume and not started:
-        raise ValueError(f"nothing to resume in {run}")
+        raise FileNotFoundError(f"nothing to resume in {run}")
     if started and not config.resume:
-        raise ValueError(f"{run} holds a run: resume it, or choose another output")
+        raise FileExistsError(f"{run} holds a run: resume it, or choose another output")
     run.mkdir(parents=True, exist_ok=True)
     save_json(run / CONFIG, asdict(config))
 
@@ -126,14 +118,15 @@ def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> N
                 append_metrics(run, {"step": state.step, **row, "seconds": state.seconds})
                 _log(board, "loss", row, state.step)
             if due(config.eval_every):
-                outcome = evaluate(state, data, config)
+                outcome = evaluate(state.teacher, data.val, data.tokenizer, config)
                 append_metrics(run, {"step": state.step, "eval": outcome[0]})
                 for way in ("i2t", "t2i"):
                     _log(board, way, outcome[0]["retrieval"][way], state.step)
                 _log(board, "masks", outcome[0].get("masks", {}), state.step)
             if due(config.save_every):
                 save_checkpoint(run, state, config, data.tokenizer)
-    evaluation, encoded = outcome or evaluate(state, data, config)
+    # The teacher: it makes the masks, and an average of models retrieves better than the last one.
+    evaluation, encoded = outcome or evaluate(state.teacher, data.val, data.tokenizer, config)
     save_json(run / EVALUATION, evaluation)
     examples(encoded, data.val, data.tokenizer).save(run)
 
@@ -160,16 +153,6 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
     smk.ema_update_(state.teacher, state.model, momentum)
     state.step += 1
     return {"loss": loss, **losses}
-
-
-def evaluate(state: TrainState, data: Data, config: PretrainConfig) -> tuple[Evaluation, Encoded]:
-    """Evaluate the teacher on the validation pairs: it makes the masks and retrieves better."""
-    torch.manual_seed(derived_seed(config.seed, "evaluation", 0))
-    encoded = encode(state.teacher, data.val, data.tokenizer, config)
-    evaluation: Evaluation = {"retrieval": retrieval(encoded, data.val)}
-    if data.val.truth is not None:
-        evaluation["masks"] = mask_figures(encoded, data.val.truth)
-    return evaluation, encoded
 
 
 def _check_finite(loss: float, step: int, config: PretrainConfig) -> None:
@@ -199,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
         report = pretrain(config)
-    except CheckpointError as error:
+    except (CheckpointError, FileExistsError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"report: {report}")
 

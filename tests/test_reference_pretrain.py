@@ -24,11 +24,11 @@ from reference.evaluate import (
     Encoded,
     distinct,
     encode,
-    examples,
     mask_figures,
     retrieval,
     word_auc,
 )
+from reference.examples import examples
 from reference.pretrain import build, parse_config, pretrain, train_step
 from reference.run_files import Examples, load_json, load_metrics
 
@@ -222,9 +222,9 @@ def test_what_a_killed_writer_left_is_cleared_away(data: Data, tmp_path: Path) -
 def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(
     finished: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="holds a run"):
-        pretrain(tiny(finished))
-    with pytest.raises(ValueError, match="nothing to resume"):
+    with pytest.raises(SystemExit, match="error: .* holds a run"):
+        pretraining.main(["--output", str(finished)])
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
         pretrain(tiny(tmp_path / "new", resume=True))
 
 
