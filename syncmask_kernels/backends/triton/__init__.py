@@ -15,8 +15,8 @@ from torch import Tensor
 from syncmask_kernels.backends.kernel import Kernel
 from syncmask_kernels.backends.request import Count, Selection, SyncRequest
 
-MAX_POSITIONS = 16384  # a row of keys is held in the registers of one program
-MAX_SHARED_WORDS = 512  # likewise a column of words, for the rules that normalise over words
+MAX_POSITIONS = 8192  # a row of keys is held by one program
+MAX_SHARED_WORDS = 512  # likewise the words, for the rules that normalise over them
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _INSTALLED = find_spec("triton") is not None
 
@@ -53,7 +53,9 @@ def _refuses_sync_topk_mask(request: SyncRequest) -> str | None:
         return f"{max(tokens, patches)} positions on one side (at most {MAX_POSITIONS})"
     shared = scoring.token_score != "max" and request.token_scores is None
     if shared and tokens > MAX_SHARED_WORDS:
-        return f"token_score={scoring.token_score!r} over {tokens} words (at most {MAX_SHARED_WORDS})"
+        return (
+            f"token_score={scoring.token_score!r} over {tokens} words (at most {MAX_SHARED_WORDS})"
+        )
     return None
 
 
@@ -68,7 +70,9 @@ def unavailable(device_type: str) -> str | None:
         return "triton is not installed"
     if device_type == "cuda" or (device_type == "cpu" and INTERPRETED):
         return None
-    return f"it serves CUDA tensors, not {device_type} ones (TRITON_INTERPRET=1 interprets it there)"
+    return (
+        f"it serves CUDA tensors, not {device_type} ones (TRITON_INTERPRET=1 interprets it there)"
+    )
 
 
 def state() -> str:

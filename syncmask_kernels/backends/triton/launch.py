@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """One launch: `args` by name, the constants of the kernel (in capitals) among them."""
+    """One launch: `args` by name, the kernel's compile-time constants among them."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -22,8 +22,8 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "enable_fp_fusion": False}
 
 
-def run(launches: list[Launch], device_of: Tensor) -> None:
+def run(launches: list[Launch], tensor: Tensor) -> None:
     """Launch in order, on the current stream of the tensor's device."""
-    with torch.cuda.device_of(device_of):
+    with torch.cuda.device_of(tensor):
         for launch in launches:
             launch.kernel[launch.grid](**launch.args, **launch.options)
