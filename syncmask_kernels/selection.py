@@ -176,9 +176,7 @@ def topk_mask(
     return TopK(mask, ids, padded.gather(-1, torch.where(ids < 0, scores.shape[-1], ids)))
 
 
-def complement(
-    topk: TopK, *, valid: Tensor | None = None, width: int | None = None
-) -> Complement:
+def complement(topk: TopK, *, valid: Tensor | None = None, width: int | None = None) -> Complement:
     """The valid positions that were not chosen, and the way back: what MAE-style dropping needs.
 
     Args:
@@ -190,7 +188,8 @@ def complement(
     Returns:
         Complement: ``ids [..., W]`` int64, ascending, padded with -1, and ``restore [..., N]``
         int64: with ``y = cat([kept rows, mask tokens])`` of W + (N - W) rows,
-        ``y.gather(restore)`` puts every kept row back and a mask token elsewhere.
+        ``y.gather(restore)`` puts every kept row back and a mask token elsewhere. It is the inverse
+        permutation where the row keeps W positions; where it keeps fewer, mask tokens repeat.
 
     Raises:
         ValueError: shapes do not fit.
@@ -355,16 +354,33 @@ def sync_topk_mask(
         _checks.shape("lse", lse, "[(L,) B, H, T]", (layers, batch, heads, tokens))
         _checks.same_device("lse", lse, "attn", stacked)
     patch_count = _count(
-        "patch_", patches, (batch,), stacked.device, patch_k, None if patch_k is not None else patch_ratio
+        "patch_",
+        patches,
+        (batch,),
+        stacked.device,
+        patch_k,
+        None if patch_k is not None else patch_ratio,
     )
     token_count = _count(
-        "token_", tokens, (batch,), stacked.device, token_k, None if token_k is not None else token_ratio,
+        "token_",
+        tokens,
+        (batch,),
+        stacked.device,
+        token_k,
+        None if token_k is not None else token_ratio,
         None if word_ids is None else tokens,
     )
     return _select(
         SyncRequest(
             Scoring(
-                stacked, lse, token_valid, patch_valid, patch_score, token_score, skip_keys, cls_index
+                stacked,
+                lse,
+                token_valid,
+                patch_valid,
+                patch_score,
+                token_score,
+                skip_keys,
+                cls_index,
             ),
             patch_count,
             token_count,

@@ -52,7 +52,12 @@ def define(op: str, backend: str) -> Any:
 
 
 def _fake_topk_mask(
-    scores: Tensor, valid: Tensor | None, k: Tensor | None, num: int, den: int, width: int,
+    scores: Tensor,
+    valid: Tensor | None,
+    k: Tensor | None,
+    num: int,
+    den: int,
+    width: int,
     largest: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = scores.shape[:-1]

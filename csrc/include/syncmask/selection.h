@@ -267,9 +267,7 @@ SYNCMASK_INLINE void score_shares(const Attention<T>& a, float* token_scores, fl
     if (!a.counts(t) || a.patches == 0) continue;
     float* row = shares + t * a.patches;
     const float best = finish_means(a, row);
-    float total = 0.0f;
-    for (int64_t p = 0; p < a.patches; ++p) total += row[p];
-    token_scores[t] = dual ? total : best;
+    token_scores[t] = dual ? sum(row, a.patches) : best;
   }
 }
 

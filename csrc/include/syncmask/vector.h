@@ -63,6 +63,21 @@ SYNCMASK_INLINE void widen(const float* from, Floats& to) { std::memcpy(&to, fro
 
 SYNCMASK_INLINE void store(const Floats& from, float* to) { std::memcpy(to, &from, sizeof from); }
 
+// Lane by lane, which also rounds less than one long sum.
+SYNCMASK_INLINE float sum(const float* values, int64_t n) {
+  Floats sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Floats value;
+    widen(values + i, value);
+    sums += value;
+  }
+  float total = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  for (; i < n; ++i) total += values[i];
+  return total;
+}
+
 // The larger number, NaN where one is, as torch.maximum.
 SYNCMASK_INLINE float larger(float a, float b) { return a != a || a > b ? a : b; }
 

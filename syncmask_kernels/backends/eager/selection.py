@@ -38,7 +38,7 @@ def row_counts(valid: Tensor, count: Count) -> Tensor:
 
 def ids_of(mask: Tensor, width: int) -> Tensor:
     """mask [..., N] -> ids [..., width] of the True positions, ascending, padded with -1."""
-    slots = torch.where(mask, mask.cumsum(dim=-1) - 1, width)
+    slots = torch.where(mask, mask.cumsum(dim=-1) - 1, width).clamp(max=width)
     positions = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     ids = torch.full((*mask.shape[:-1], width + 1), -1, device=mask.device)
     return ids.scatter(-1, slots, positions)[..., :width]
@@ -212,7 +212,9 @@ def sync_topk_mask(request: SyncRequest) -> Selection:
         token_scores = token if token_scores is None else token_scores
     for_patches = _with_noise(patch_scores, request.patch_noise)
     for_tokens = _with_noise(token_scores, request.token_noise)
-    patch_mask, patch_ids = topk_mask(for_patches, request.scoring.patch_valid, request.patch_count, True)
+    patch_mask, patch_ids = topk_mask(
+        for_patches, request.scoring.patch_valid, request.patch_count, True
+    )
     if request.word_ids is None:
         token_mask, token_ids = topk_mask(
             for_tokens, request.scoring.token_valid, request.token_count, True

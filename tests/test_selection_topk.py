@@ -1,0 +1,246 @@
+"""topk_mask: bit-exact against sorting each row, on every backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import syncmask_kernels as smk
+from reference.ops import selection as oracle
+from tests.compiling import assert_compiles_once
+
+SIZES = [1, 2, 7, 8, 9, 49, 196, 197, 256, 257, 576, 577, 1024, 4096]
+INF, NAN = math.inf, math.nan
+
+
+def adversarial(rows: int, n: int, seed: int = 0) -> Tensor:
+    """Rows of heavy ties, quantised scores, NaN, infinities, denormals and both zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, n, generator=generator)
+    kinds = [
+        lambda x: x,
+        lambda x: (x * 2).round() / 2,
+        lambda x: torch.where(x > 0.5, NAN, x),
+        lambda x: torch.where(x > 1, INF, torch.where(x < -1, -INF, x)),
+        lambda x: x * 1e-41,
+        lambda x: torch.where(x > 0, 0.0, -0.0),
+        lambda x: torch.full_like(x, NAN),
+        lambda x: torch.where(x > 0, NAN, -INF),
+        lambda x: x.bfloat16().float(),
+    ]
+    return torch.stack([kinds[i % len(kinds)](row) for i, row in enumerate(scores)])
+
+
+def check(scores: Tensor, valid: Tensor | None, largest: bool = True, **count: object) -> None:
+    chosen = smk.topk_mask(scores, valid=valid, largest=largest, **count)  # type: ignore[arg-type]
+    expected = oracle.topk_mask(scores, valid=valid, largest=largest, **count)  # type: ignore[arg-type]
+    assert torch.equal(chosen.mask, expected)
+    assert torch.equal(chosen.ids, oracle.ids_of(expected, chosen.ids.shape[1]))
+    padded = torch.cat([scores.float(), torch.full((len(scores), 1), -INF)], dim=1)
+    torch.testing.assert_close(
+        chosen.scores,
+        padded.gather(1, chosen.ids % padded.shape[1]),
+        equal_nan=True,
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_matches_sorting(backend: str, n: int) -> None:
+    scores = adversarial(9 if n < 4096 else 3, n)
+    valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    for k in {0, 1, n // 2, n - 1, n, n + 3}:
+        check(scores, None, k=k)
+        check(scores, valid, k=k)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.15, 1 / 3, 0.5, 0.75, 1.0])
+def test_ratio_is_the_exact_ceiling_of_the_valid_positions(backend: str, ratio: float) -> None:
+    scores = adversarial(101, 100)
+    valid = torch.arange(100) < torch.arange(101)[:, None]
+    check(scores, valid, ratio=ratio)
+    assert smk.topk_mask(scores, ratio=0.07).ids.shape[1] == 7
+
+
+def test_smallest_first_keeps_nan_last(backend: str) -> None:
+    scores = adversarial(18, 64)
+    check(scores, None, k=20, largest=False)
+    check(scores, scores < 0.3, k=20, largest=False)
+
+
+@given(
+    rows=st.lists(
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, NAN, INF, -INF]),
+            min_size=5,
+            max_size=5,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    k=st.integers(0, 6),
+    largest=st.booleans(),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_few_values(rows: list[list[float]], k: int, largest: bool, seed: int) -> None:
+    scores = torch.tensor(rows)
+    valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < 0.8
+    check(scores, valid, k=k, largest=largest)
+    with smk.use_backend("eager"):
+        check(scores, valid, k=k, largest=largest)
+
+
+def test_flushing_denormals_to_zero_changes_nothing(backend: str) -> None:
+    scores = torch.tensor([[1e-40, 3e-40, -1e-40, 2e-40, 0.0]])
+    supported = torch.set_flush_denormal(True)
+    try:
+        assert supported
+        assert smk.topk_mask(scores, k=2).ids.tolist() == [[1, 3]]
+        assert smk.topk_mask(scores, k=2, largest=False).ids.tolist() == [[2, 4]]
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_types(backend: str, dtype: torch.dtype) -> None:
+    scores = adversarial(9, 50).to(dtype)
+    assert smk.topk_mask(scores, k=9).scores.dtype == torch.float32
+    check(scores, None, k=9)
+
+
+def test_float64_is_compared_in_full() -> None:
+    scores = torch.tensor([[1.0, 1.0 + 1e-12, 1.0 + 2e-12]], dtype=torch.float64)
+    chosen = smk.topk_mask(scores, k=1)
+    assert chosen.ids.item() == 2
+    assert chosen.scores.dtype == torch.float64
+
+
+def test_k_of_each_row_and_width(backend: str) -> None:
+    scores = adversarial(5, 12)
+    ks = torch.tensor([0, 3, 12, 40, -2])
+    chosen = smk.topk_mask(scores, k=ks, width=5)
+    expected = oracle.topk_mask(scores, k=[0, 3, 12, 12, 0])
+    assert torch.equal(chosen.mask, expected)
+    assert torch.equal(chosen.ids, oracle.ids_of(expected, 5))
+    assert smk.topk_mask(scores, k=ks).ids.shape == (5, 12)
+
+
+def test_a_row_is_chosen_alike_in_any_batch_and_layout(backend: str) -> None:
+    scores = adversarial(9, 257)
+    whole = smk.topk_mask(scores, k=100).mask
+    alone = torch.cat([smk.topk_mask(row[None], k=100).mask for row in scores])
+    strided = torch.stack([scores.t(), scores.t()], dim=-1)[..., 0].t()
+    assert not strided.is_contiguous()
+    assert torch.equal(whole, alone)
+    assert torch.equal(whole, smk.topk_mask(strided, k=100).mask)
+    nested = smk.topk_mask(scores.reshape(3, 3, 257), k=100)
+    assert torch.equal(nested.mask.reshape(9, 257), whole)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4)])
+def test_empty(backend: str, shape: tuple[int, ...]) -> None:
+    chosen = smk.topk_mask(torch.zeros(shape), k=2)
+    assert chosen.mask.shape == shape
+    assert chosen.ids.shape == chosen.scores.shape == (*shape[:-1], 2)
+    assert (chosen.ids == -1).all()
+
+
+def test_gradient_reaches_the_chosen_scores(backend: str) -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]], requires_grad=True)
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    chosen = smk.topk_mask(scores, k=2, valid=valid)
+    chosen.scores.masked_fill(chosen.ids < 0, 0.0).sum().backward()
+    assert scores.grad is not None
+    assert scores.grad.tolist() == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_compiles(backend: str) -> None:
+    def by_ratio(scores: Tensor, ks: Tensor) -> tuple[Tensor, ...]:
+        half = smk.topk_mask(scores, k=scores.shape[1] // 2)
+        return *half, *smk.topk_mask(scores, ratio=0.3), *smk.topk_mask(scores, k=ks, width=4)
+
+    calls = [(adversarial(b, n), torch.arange(b)) for b, n in [(9, 30), (5, 31), (7, 64)]]
+    assert_compiles_once(by_ratio, calls)
+
+
+def test_opcheck() -> None:
+    pytest.importorskip("syncmask_kernels.backends.cpu.selection")
+    op = torch.ops.syncmask.topk_mask.cpu
+    for scores in [torch.randn(3, 9), torch.randn(9, 3).t().bfloat16(), torch.randn(2, 0, 5)]:
+        valid = torch.rand(scores.shape) < 0.5
+        torch.library.opcheck(op, (scores, valid, None, 1, 3, 4, True))
+        torch.library.opcheck(
+            op, (scores, None, torch.ones(scores.shape[:-1], dtype=torch.int64), 0, 0, 2, False)
+        )
+
+
+def test_complement_is_what_mae_keeps(backend: str) -> None:
+    scores = adversarial(9, 20)
+    chosen = smk.topk_mask(scores, ratio=0.75)
+    kept = smk.complement(chosen)
+    assert torch.equal(kept.ids, oracle.ids_of(~chosen.mask, 5))
+    rows = torch.arange(20.0).expand(9, 20)
+    rebuilt = torch.cat([rows.gather(1, kept.ids), torch.full((9, 15), -1.0)], dim=1)
+    assert torch.equal(kept.restore.sort().values, torch.arange(20).expand(9, 20))
+    assert torch.equal(rebuilt.gather(1, kept.restore), torch.where(chosen.mask, -1.0, rows))
+
+
+def test_complement_leaves_out_excluded_positions() -> None:
+    scores = adversarial(9, 20)
+    valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    chosen = smk.topk_mask(scores, ratio=0.4, valid=valid)
+    kept = smk.complement(chosen, valid=valid)
+    assert torch.equal(kept.ids, oracle.ids_of(valid & ~chosen.mask, 12))
+    rows = torch.arange(20.0).expand(9, 20)
+    rebuilt = torch.cat([rows.gather(1, kept.ids.clamp(min=0)), torch.full((9, 8), -1.0)], dim=1)
+    listed = valid & ~chosen.mask
+    assert torch.equal(rebuilt.gather(1, kept.restore), torch.where(listed, rows, -1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scores": [1.0]}, TypeError, "scores must be a torch.Tensor, got list"),
+        ({"scores": torch.tensor(1.0)}, ValueError, r"scores must be \[..., N\], got shape \(\)"),
+        ({"scores": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "scores must be of type"),
+        (
+            {"ratio": 0.5},
+            ValueError,
+            "exactly one of k and ratio must be given, got k=1, ratio=0.5",
+        ),
+        ({"k": None}, ValueError, "exactly one of k and ratio"),
+        ({"k": -1}, ValueError, "k must be at least 0, got -1"),
+        ({"k": 1.5}, TypeError, "k must be an int or an int64 tensor, got float"),
+        (
+            {"k": torch.ones(3, dtype=torch.int64)},
+            ValueError,
+            r"k must be .* \(2,\), got shape \(3,\)",
+        ),
+        ({"k": torch.ones(2)}, TypeError, "k must be of type int64, got float32"),
+        ({"k": None, "ratio": 1.5}, ValueError, r"ratio must be in \[0, 1\], got 1.5"),
+        ({"k": None, "ratio": NAN}, ValueError, r"ratio must be in \[0, 1\], got nan"),
+        ({"width": -1}, ValueError, "width must be at least 0, got -1"),
+        ({"valid": torch.ones(2, 3)}, TypeError, "valid must be of type bool, got float32"),
+        (
+            {"valid": torch.ones(3, dtype=torch.bool)},
+            ValueError,
+            "valid must be the shape of scores",
+        ),
+        (
+            {"valid": torch.ones(2, 3, dtype=torch.bool, device="meta")},
+            ValueError,
+            "device of scores",
+        ),
+    ],
+)
+def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
+    arguments: dict[str, object] = {"scores": torch.randn(2, 3), "k": 1, **change}
+    with pytest.raises(error, match=message):
+        smk.topk_mask(arguments.pop("scores"), **arguments)  # type: ignore[arg-type]
