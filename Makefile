@@ -7,6 +7,9 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
+# Python compiles what it imports; pip would compile a gigabyte.
+export PIP_NO_COMPILE := 1
+
 BIN := .venv/bin
 NATIVE := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
@@ -22,6 +25,7 @@ demo: .venv/.reference ## Train the small SyncMask model on drawn products and w
 
 test: lint ## Lint, check types, and run every test, docstring and README example
 	$(BIN)/python -m pytest $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_*_triton.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
