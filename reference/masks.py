@@ -5,13 +5,13 @@ teacher's multi-modal encoder" in descending order and masks the top. What it le
 here, by the first study in ``docs`` and by the runs of this folder:
 
 - **Words.** A row of the words' attention to patches sums to one whether or not the word can be
-  seen, so attention weights say little about words. The default ``image_effect`` is how far the
-  image moves the word: one minus the cosine between the teacher's fused word with and without
-  cross-attention. (The abstract speaks of "cross-attentional features".) ``text_softmax``, ``dual``
-  and ``max`` are the operator's rules on the attention of one layer.
-- **Patches.** Attention of the text's CLS to each patch (``cls``, as AttMask does with an image's
-  CLS), the mean over words (``mean``), or that mean weighted by how far a patch's value lies from
-  the mean value (``value``).
+  seen, so attention weights say little about words. The default ``image_effect`` is how far its
+  image moves a word: one minus the cosine between the teacher's fused word with its image and with
+  the mean image of the batch. (The abstract speaks of "cross-attentional features".)
+  ``text_softmax``, ``dual`` and ``max`` are the operator's rules on the attention of one layer.
+- **Patches.** Attention to each patch, averaged over words and weighted by how far the patch's
+  value lies from the mean value (``value``, the default): attention alone (``mean``, or ``cls``: of
+  the text's CLS, as AttMask does with an image's CLS) can rest on the background.
 - **Layer and heads.** One fusion layer, the last by default; heads are averaged.
 - **Noise.** A teacher that moves slowly would choose the same words of a pair again and again:
   Gaussian noise, in units of the standard deviation of a pair's scores, varies the choice.
@@ -20,8 +20,6 @@ here, by the first study in ``docs`` and by the runs of this folder:
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,52 +66,71 @@ def teacher_masks(
     fused = teacher.fuse(text, batch.attended, image, captured)
     query, key, value = captured[config.mask_layer]
     effect = config.word_score == "image_effect"
-    select = partial(
-        smk.sync_topk_mask_qk,
+    masks = smk.sync_topk_mask_qk(
         query,
         key,
         batch.token_valid,
         v=value if config.patch_score == "value" else None,
         patch_score="cls" if config.patch_score == "cls" else "mean",
         token_score="max" if effect else config.word_score,
+        token_scores=image_effect(teacher, image, text, batch.attended, fused) if effect else None,
         patch_ratio=config.patch_ratio,
         token_ratio=config.token_ratio,
         word_ids=batch.word_ids,
     )
-    masks = select(
-        token_scores=image_effect(teacher, text, batch.attended, fused) if effect else None
-    )
     if noise == 0:
         return masks
-    return select(
-        patch_scores=masks.patch_scores,
-        token_scores=masks.token_scores,
-        patch_noise=noise * _noise(masks.patch_scores),
-        token_noise=noise * _noise(masks.token_scores, batch.token_valid),
+    return _select(
+        batch,
+        config,
+        masks.patch_scores,
+        masks.token_scores,
+        noise * _noise(masks.patch_scores),
+        noise * _noise(masks.token_scores, batch.token_valid),
     )
 
 
 def random_masks(batch: Batch, patches: int, config: MaskConfig) -> smk.SyncMask:
     """Choose as many words and patches as `teacher_masks` does, uniformly at random."""
-    rows, length = batch.input_ids.shape
-    query = batch.pixels.new_zeros(rows, 1, length, 1)
-    key = batch.pixels.new_zeros(rows, 1, 1 + patches, 1)
-    return smk.sync_topk_mask_qk(
-        query,
-        key,
+    patch_scores = torch.rand(len(batch.pixels), patches, device=batch.pixels.device)
+    token_scores = torch.rand(batch.input_ids.shape, device=batch.pixels.device)
+    return _select(batch, config, patch_scores, token_scores)
+
+
+def _select(
+    batch: Batch,
+    config: MaskConfig,
+    patch_scores: Tensor,
+    token_scores: Tensor,
+    patch_noise: Tensor | None = None,
+    token_noise: Tensor | None = None,
+) -> smk.SyncMask:
+    """Select by scores that are already known; their attention is not read."""
+    rows, patches = patch_scores.shape
+    attn = patch_scores.new_zeros(()).expand(rows, 1, token_scores.shape[1], 1 + patches)
+    return smk.sync_topk_mask(
+        attn,
         batch.token_valid,
         patch_ratio=config.patch_ratio,
         token_ratio=config.token_ratio,
-        patch_scores=torch.rand(rows, patches, device=query.device),
-        token_scores=torch.rand(rows, length, device=query.device),
         word_ids=batch.word_ids,
+        patch_scores=patch_scores,
+        token_scores=token_scores,
+        patch_noise=patch_noise,
+        token_noise=token_noise,
     )
 
 
-def image_effect(teacher: SyncMaskModel, text: Tensor, attended: Tensor, fused: Tensor) -> Tensor:
-    """``[B, T]``: one minus the cosine between each word fused with its image and without one."""
-    alone = teacher.fuse(text, attended, None)
-    return 1 - F.cosine_similarity(fused, alone, dim=-1)
+def image_effect(
+    teacher: SyncMaskModel, image: Tensor, text: Tensor, attended: Tensor, fused: Tensor
+) -> Tensor:
+    """``[B, T]``: one minus the cosine between each word fused with its image, and with the mean.
+
+    The mean over the batch stands for no image in particular; without cross-attention the layers
+    would see inputs they were never trained on.
+    """
+    nondescript = image.mean(dim=0, keepdim=True).expand_as(image)
+    return 1 - F.cosine_similarity(fused, teacher.fuse(text, attended, nondescript), dim=-1)
 
 
 def _noise(scores: Tensor, valid: Tensor | None = None) -> Tensor:
