@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 _LOSSES = {
     "loss": "Total loss",
@@ -71,6 +72,7 @@ def _style(axis: Axes, title: str, paper: str, ink: str) -> None:
     axis.set_facecolor(paper)
     axis.grid(color=ink, alpha=0.15, linewidth=0.7)
     axis.tick_params(colors=ink, labelsize=8, length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set_xlabel("step", fontsize=8, color=ink)
     for spine in axis.spines.values():
         spine.set_visible(False)

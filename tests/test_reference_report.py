@@ -98,6 +98,7 @@ def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(RuntimeError, match="disk"):
         fail_halfway()
     assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
     with atomic_path(target) as temporary:
         temporary.write_text("new")
     assert target.read_text() == "new"
@@ -141,6 +142,9 @@ def test_words_join_their_pieces_and_tell_what_is_visible():
     assert words == [
         ("red", "seen"), ("trousers", "unseen"), ("with", "masked"), ("badge", "absent"),
     ]  # fmt: skip
+    first_piece_only = torch.tensor([[0, 0, 1, 0, 0, 0, 0, 0]] * 2).bool()
+    (word,) = [w for w in words_of(make_examples(token_mask=first_piece_only), 0) if "tr" in w.text]
+    assert word.kind == "unseen"
     unknown = make_examples(token_visible=torch.full((2, 8), -1, dtype=torch.int8))
     kinds = [word.kind for word in words_of(unknown, 0)]
     assert kinds == ["masked", "masked", "masked", "plain"]
