@@ -148,7 +148,8 @@ def masked_patch_loss(
     pred = pred.to(wide).masked_fill(unused, 0)
     target = _target_patches(target, ids, patch_size).to(wide).masked_fill(unused, 0)
     if norm_pix:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (var + 1e-6).sqrt()
+        target = target - target.mean(dim=-1, keepdim=True)
+        variance = target.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
+        target = target / (variance + 1e-6).sqrt()
     losses = _patch_losses(pred, target, kind).masked_fill(~keep, 0)
     return losses if reduction == "none" else _reduce(losses, keep, reduction)
