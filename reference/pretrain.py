@@ -148,8 +148,8 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
     state.schedule.step()
     with torch.no_grad():
         state.model.temperature.clamp_(0.001, 0.5)
-    # A young teacher is the mean of all students so far, an old one a moving average.
-    momentum = min(config.momentum, 1 - 1 / (state.step + 2))
+    # A young teacher follows quickly: the warm-up of TensorFlow's ExponentialMovingAverage.
+    momentum = min(config.momentum, (1 + state.step) / (10 + state.step))
     smk.ema_update_(state.teacher, state.model, momentum)
     state.step += 1
     return {"loss": loss, **losses}
