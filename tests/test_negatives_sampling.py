@@ -65,36 +65,77 @@ def test_every_mode_equals_oracle(data, rows, columns, options):
     assert torch.equal(ids, want_ids)
 
 
-# The six public ways to zero the positives, on the inputs that break them: softmax first and then
-# zero (ALBEF), a constant inside the softmax (ALBEF retrieval), a constant outside (BLIP), an id
-# mask after the softmax (BLIP retrieval), -inf before it (LAVIS), top-1 after zeroing (GRIT).
+# How public code keeps a row's positive from being drawn, and what becomes of it where the softmax
+# of every negative underflows beside the positive, and in a batch of one.
 
 
-def far_apart(rows=4):
-    """The softmax of every negative underflows to 0 beside the positive."""
-    return torch.eye(rows) * 1000
+def zeroed(weights):
+    return weights.masked_fill(torch.eye(len(weights), dtype=torch.bool), 0)
+
+
+def filled(sim, value):
+    return sim.masked_fill(torch.eye(len(sim), dtype=torch.bool), value).softmax(dim=1)
+
+
+PUBLIC_RULES = {
+    "zero after softmax (ALBEF)": (lambda sim: zeroed(sim.softmax(dim=1)), "error", "error"),
+    "constant inside softmax (ALBEF retrieval)": (
+        lambda sim: zeroed((sim + 1e-4).softmax(dim=1)),
+        "error",
+        "error",
+    ),
+    "constant outside softmax (BLIP)": (
+        lambda sim: zeroed(sim.softmax(dim=1) + 1e-4),
+        "right",
+        "error",
+    ),
+    "zero where ids are equal (BLIP retrieval)": (
+        lambda sim: (
+            sim.softmax(dim=1) * (torch.arange(len(sim))[:, None] != torch.arange(len(sim)))
+        ),
+        "error",
+        "error",
+    ),
+    "-inf before softmax (LAVIS)": (lambda sim: filled(sim, -INF), "right", "error"),
+    "-10000 before softmax (BLIP-2)": (lambda sim: filled(sim, -10000.0), "right", "itself"),
+    "top-1 after zero (GRIT-VLP)": (
+        lambda sim: zeroed(sim.softmax(dim=1)),
+        "arbitrary",
+        "arbitrary",
+    ),
+}
+
+
+def outcome(rule, weights):
+    try:
+        top = "top-1" in rule
+        ids = (weights.topk(1) if top else (None, torch.multinomial(weights, 1)))[1].squeeze(1)
+    except RuntimeError:
+        return "error"
+    if (weights.gather(1, ids.unsqueeze(1)) == 0).any():
+        return "arbitrary"
+    return "itself" if (ids == torch.arange(len(ids))).any() else "right"
 
 
 @pytest.mark.parametrize("mode", ["multinomial", "hardest", "semi_hard"])
-def test_underflow_still_draws_a_negative(mode):
-    sim = far_apart()
-    assert (sim.softmax(dim=1) - torch.eye(4)).abs().max() == 0
-    ids, found = choose(sim, mode=mode)
+@pytest.mark.parametrize("rule", PUBLIC_RULES)
+def test_inputs_that_break_public_code(rule, mode):
+    weights, with_underflow, in_a_batch_of_one = PUBLIC_RULES[rule]
+    underflow, one = torch.eye(4) * 1000, torch.tensor([[3.0]])
+    assert outcome(rule, weights(underflow)) == with_underflow
+    assert outcome(rule, weights(one)) == in_a_batch_of_one
+    ids, found = choose(underflow, mode=mode, row_ids=torch.arange(4), col_ids=torch.arange(4))
     assert found.all()
     assert (ids != torch.arange(4)).all()
+    ids, found = choose(one, mode=mode)
+    assert ids.tolist() == [0]
+    assert found.tolist() == [False]
 
 
 def test_underflow_between_negatives_keeps_the_order():
     sim = torch.tensor([[0.0, -5000.0, -4000.0, -6000.0]])
     ids, _ = choose(sim, positive=torch.tensor([0]), seed=SEED)
     assert ids.tolist() == [2]
-
-
-@pytest.mark.parametrize("mode", ["multinomial", "hardest", "semi_hard"])
-def test_a_batch_of_one_has_no_negative(mode):
-    ids, found = choose(torch.tensor([[3.0]]), mode=mode)
-    assert ids.tolist() == [0]
-    assert found.tolist() == [False]
 
 
 @pytest.mark.parametrize("mode", ["multinomial", "hardest", "semi_hard"])
