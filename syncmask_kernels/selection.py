@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncmask_kernels import _checks, backends
+from syncmask_kernels import _checks, _host, backends
 from syncmask_kernels.attention import check_heads, check_qk, check_skip_keys, stack_layers
 from syncmask_kernels.backends.eager.attention import attention_logits, softmax
 from syncmask_kernels.backends.eager.selection import (
@@ -55,11 +54,6 @@ class SyncMask(NamedTuple):
     token_scores: Tensor
 
 
-def _as_fraction(ratio: float) -> tuple[int, int]:
-    exact = Fraction(ratio).limit_denominator(10**6)
-    return exact.numerator, exact.denominator
-
-
 def _count(
     prefix: str,
     positions: int,
@@ -85,7 +79,7 @@ def _count(
     if ratio is None:
         raise ValueError(f"one of {prefix}k and {prefix}ratio must be given, got neither")
     _checks.fraction(f"{prefix}ratio", ratio)
-    num, den = _as_fraction(ratio)
+    num, den = _host.as_fraction(ratio)
     return Count(None, num, den, (positions * num + den - 1) // den if width is None else width)
 
 
