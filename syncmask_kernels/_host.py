@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,10 +11,18 @@ from torch import Tensor
 from syncmask_kernels import _checks
 
 
-def as_fraction(share: float) -> tuple[int, int]:
-    """Numerator and denominator of a share, exact where a float would round (0.07 of 100 is 7)."""
+def _as_fraction(share: float) -> tuple[int, int]:
     exact = Fraction(share).limit_denominator(10**6)
     return exact.numerator, exact.denominator
+
+
+_remembered_fraction = lru_cache(_as_fraction)
+
+
+def as_fraction(share: float) -> tuple[int, int]:
+    """Numerator and denominator of a share, exact where a float would round (0.07 of 100 is 7)."""
+    # torch.compile traces the plain function; it would warn about the cache.
+    return (_as_fraction if torch.compiler.is_compiling() else _remembered_fraction)(share)
 
 
 def ids_within(name: str, ids: Tensor, low: int, high: int, of: str) -> None:

@@ -165,9 +165,10 @@ def topk_mask(
     fixed = scores.detach()
     mask, ids = backends.choose("topk_mask", fixed, fixed)(fixed, valid, count, largest)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    # One column of -inf at the end is where the ids of -1 look.
-    padded = torch.nn.functional.pad(wide, (0, 1), value=float("-inf"))
-    return TopK(mask, ids, padded.gather(-1, torch.where(ids < 0, scores.shape[-1], ids)))
+    if scores.shape[-1] == 0:
+        return TopK(mask, ids, wide.new_full(ids.shape, float("-inf")))
+    chosen = wide.gather(-1, ids.clamp(min=0))
+    return TopK(mask, ids, chosen.masked_fill(ids < 0, float("-inf")))
 
 
 def complement(topk: TopK, *, valid: Tensor | None = None, width: int | None = None) -> Complement:
