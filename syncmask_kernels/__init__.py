@@ -9,6 +9,16 @@ tensor([4, 4])
 from syncmask_kernels._version import __version__
 from syncmask_kernels.attention import attention_map, head_average
 from syncmask_kernels.backends import BackendError, build_info, use_backend
+from syncmask_kernels.losses import masked_linear_cross_entropy, masked_patch_loss
+from syncmask_kernels.masking import (
+    gather_masked,
+    mask_patches,
+    mask_tokens,
+    scatter_masked,
+    token_valid,
+)
+from syncmask_kernels.momentum import ema_update_
+from syncmask_kernels.negatives import Negatives, sample_negatives
 from syncmask_kernels.selection import (
     Complement,
     SyncMask,
@@ -22,15 +32,25 @@ from syncmask_kernels.selection import (
 __all__ = [
     "BackendError",
     "Complement",
+    "Negatives",
     "SyncMask",
     "TopK",
     "__version__",
     "attention_map",
     "build_info",
     "complement",
+    "ema_update_",
+    "gather_masked",
     "head_average",
+    "mask_patches",
+    "mask_tokens",
+    "masked_linear_cross_entropy",
+    "masked_patch_loss",
+    "sample_negatives",
+    "scatter_masked",
     "sync_topk_mask",
     "sync_topk_mask_qk",
+    "token_valid",
     "topk_mask",
     "use_backend",
 ]
