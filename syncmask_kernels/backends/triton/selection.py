@@ -18,7 +18,7 @@ from syncmask_kernels.backends.triton.selection_kernels import (
     topk_kernel,
 )
 
-TILE = 2048  # attention weights a program of score_kernel holds of one head
+PAIRS = 1024  # pieces of words that select_kernel compares at once
 MIN_COLUMNS = 8  # 32 bytes, the least that memory hands out
 STRIDES = ("stride_l", "stride_b", "stride_h", "stride_t", "stride_p")
 
@@ -27,16 +27,18 @@ def _block(size: int) -> int:
     return int(triton.next_power_of_2(max(size, 1)))
 
 
-def _tile(words: int, patches: int, token_rule: str | None) -> tuple[int, int]:
-    """Words and patches of one program of score_kernel."""
-    block_t = _block(words)
-    if token_rule in (None, "max"):  # the others normalise over words and need them all at once
-        block_t = min(block_t, 32)
-    return block_t, min(_block(patches), max(TILE // block_t, MIN_COLUMNS))
+def _warps(values: int, per_thread: int) -> int:
+    return min(max(values // (32 * per_thread), 1), 16)
 
 
-def _warps(values: int, per_thread: int, most: int) -> int:
-    return min(max(values // (32 * per_thread), 1), most)
+def _tile(words: int, patches: int, token_rule: str | None) -> tuple[int, int, int]:
+    """Words, patches and warps of one program of score_kernel."""
+    block_t, per_thread = min(_block(words), 32), 16
+    if token_rule not in (None, "max"):
+        # They normalise over words, so need them all at once, and hold a second sum.
+        block_t, per_thread = _block(words), 8
+    block_p = min(_block(patches), max(128 * per_thread // block_t, MIN_COLUMNS))
+    return block_t, block_p, _warps(block_t * block_p, per_thread)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -84,7 +86,7 @@ def topk_launches(
         "LARGEST": largest,
         "BLOCK": block,
     } | _count_args("", count, size)
-    launch = Launch(topk_kernel, (rows.numel(),), args, _warps(block, 8, 16))
+    launch = Launch(topk_kernel, (rows.numel(),), args, _warps(block, 8))
     return (mask, ids), [launch] if rows.numel() > 0 else []
 
 
@@ -108,7 +110,7 @@ def sync_launches(
         return selection, []
 
     rule = None if own_token is not None else TOKEN_SCORES[token_rule]
-    block_t, block_p = _tile(words, patches, rule)
+    block_t, block_p, score_warps = _tile(words, patches, rule)
     token_blocks, patch_blocks = triton.cdiv(words, block_t), triton.cdiv(patches, block_p)
     tiles = batch * token_blocks * patch_blocks
 
@@ -141,7 +143,6 @@ def sync_launches(
         "BLOCK_T": block_t,
         "BLOCK_P": block_p,
     } | dict(zip(STRIDES, values.stride(), strict=True))
-    score_warps = _warps(block_t * block_p, 16, 8)
     block_t, block_p = _block(words), _block(patches)
     select = {
         "patch_noise": patch_noise,
@@ -152,11 +153,11 @@ def sync_launches(
         "maps": layers * heads,
         "BLOCK_T": block_t,
         "BLOCK_P": block_p,
-        "CHUNK": min(block_t, max(TILE // block_t, 1)),
+        "CHUNK": min(block_t, max(PAIRS // block_t, 1)),
     }
     select |= _count_args("patch_", patch_count, patches)
     select |= _count_args("token_", token_count, words) | selection._asdict()
-    select_warps = _warps(max(block_t, block_p), 8, 16)
+    select_warps = _warps(max(block_t, block_p), 8)
     launches = [Launch(select_kernel, (batch, 2), both | select, select_warps)]
     if tiles > 0 and (own_patch is None or own_token is None):
         launches.insert(0, Launch(score_kernel, (tiles,), both | score, score_warps))
