@@ -128,8 +128,8 @@ def build_cuda(sources: list[Path], include: Path, work: Path, output: Path) -> 
     compiler, torch = find_compiler(), find_torch()
     nvcc = [find_nvcc(), "-ccbin", compiler[-1]]
     architectures = _architectures(nvcc)
-    flags = [*NVCC_FLAGS, *_gencode(architectures), *_includes(torch, include)]
-    objects = _compile_all([*nvcc, *flags], sources, work)
+    nvcc += _gencode(architectures)
+    objects = _compile_all([*nvcc, *NVCC_FLAGS, *_includes(torch, include)], sources, work)
     double = work / "libtorch_cuda.so"
     source = work / "libtorch_cuda.cpp"
     source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in CUDA_SHIMS))
