@@ -9,7 +9,7 @@
 #define SYNCMASK_INLINE inline __attribute__((always_inline))
 
 // One copy of the function per instruction set; the loader takes the best the processor has.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define SYNCMASK_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
