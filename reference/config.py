@@ -56,6 +56,12 @@ class PretrainConfig(MaskConfig, ModelConfig):
     learning_rate: float = _option(1e-3, "Peak, reached after the warm-up, cosine to 0.")
     warmup_steps: int = _option(60, "Steps of linear warm-up.")
     weight_decay: float = _option(0.05, "AdamW's, of matrices.")
+    negatives: Literal["semi_hard", "multinomial", "hardest"] = _option(
+        "semi_hard", "How the wrong pairs of ITM are chosen in a batch."
+    )
+    negative_quantile: float = _option(
+        0.75, "Of semi-hard negatives: rank by similarity below the pair's own; 1: the hardest."
+    )
     momentum: float = _option(0.995, "Of the teacher, once it is warm.")
     augment: bool = _option(False, "Random crop and horizontal flip.")
     seed: int = _option(0, "Of initialisation, order, augmentation, masks and negatives.")
@@ -70,6 +76,8 @@ class PretrainConfig(MaskConfig, ModelConfig):
         for name in ("steps", "log_every", "eval_every", "save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.negative_quantile <= 1:
+            raise ValueError(f"negative_quantile must lie in [0, 1], got {self.negative_quantile}")
         if self.batch_size < 2:
             raise ValueError(
                 f"batch_size must be at least 2 for a negative to exist, got {self.batch_size}"

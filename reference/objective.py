@@ -4,14 +4,19 @@ The names are the paper's; their form is ALBEF's, since the paper's is unknown t
 
 - **ITC** within the batch, without queue or soft targets. Several images of an item share a text,
   so all pairs of an item are positives with equal shares of the target, as in FashionSAP.
-- **ITM** against one drawn negative text per image and one drawn negative image per text, with
-  probability proportional to exp(similarity / temperature); never of the same item.
+- **ITM** against one wrong text per image and one wrong image per text of the batch, never of the
+  same item. The paper prefers semi-hard negatives, "of lower similarity", in its batch sampling;
+  here they are chosen so within a batch: of the candidates less similar than the pair itself, the
+  one at a quantile. (ALBEF's draw by exp(similarity / temperature) is an option; from scratch on
+  little data its negatives are so hard that the loss stays at chance.)
 - **MLM** on the clean image and the masked text (the caption of the paper's figure 3 says so),
   with BERT's 80 % mask, 10 % random word, 10 % unchanged.
 - **MIM** on the masked image and the clean text, its mirror image: L1 between pixels, as in SimMIM.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 import syncmask_kernels as smk
 from reference.batch import Batch
+from reference.config import PretrainConfig
 from reference.model import SyncMaskModel
 
 
@@ -28,14 +34,16 @@ def compute_losses(
     batch: Batch,
     masks: smk.SyncMask,
     tokenizer: PreTrainedTokenizerBase,
+    config: PretrainConfig,
 ) -> dict[str, Tensor]:
     """Losses of a batch: ``{"itc", "itm", "mlm", "mim"}``, scalars."""
     image = model.encode_image(batch.pixels)
     text = model.encode_text(batch.input_ids, batch.attended)
     logits = model.image_features(image) @ model.text_features(text).T / model.temperature
+    negatives = choose_negatives(logits.detach(), batch.item_ids, config)
     return {
         "itc": itc_loss(logits, batch.item_ids),
-        "itm": itm_loss(model, image, text, batch, logits.detach()),
+        "itm": itm_loss(model, image, text, batch, *negatives),
         "mlm": mlm_loss(model, image, batch, masks, tokenizer),
         "mim": mim_loss(model, text, batch, masks),
     }
@@ -48,19 +56,36 @@ def itc_loss(logits: Tensor, item_ids: Tensor) -> Tensor:
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def itm_loss(
-    model: SyncMaskModel, image: Tensor, text: Tensor, batch: Batch, logits: Tensor
-) -> Tensor:
-    """Tell pairs from an image with a similar wrong text and a text with a similar wrong image."""
-    ids = {"row_ids": batch.item_ids, "col_ids": batch.item_ids}
-    negative_text = smk.sample_negatives(logits, **ids)
-    negative_image = smk.sample_negatives(logits.T, **ids)
-    fused = model.fuse(
-        torch.cat([text, text[negative_text.ids], text]),
-        torch.cat([batch.attended, batch.attended[negative_text.ids], batch.attended]),
-        torch.cat([image, image, image[negative_image.ids]]),
+def choose_negatives(
+    logits: Tensor, item_ids: Tensor, config: PretrainConfig
+) -> tuple[smk.Negatives, smk.Negatives]:
+    """A wrong text for each image and a wrong image for each text, by similarity ``[B, B]``."""
+    semi_hard = config.negatives == "semi_hard"
+    choose = partial(
+        smk.sample_negatives,
+        row_ids=item_ids,
+        col_ids=item_ids,
+        mode=config.negatives,
+        quantile=config.negative_quantile if semi_hard else None,
     )
-    found = torch.cat([negative_text.found, negative_image.found])
+    return choose(logits), choose(logits.T)
+
+
+def itm_loss(
+    model: SyncMaskModel,
+    image: Tensor,
+    text: Tensor,
+    batch: Batch,
+    wrong_text: smk.Negatives,
+    wrong_image: smk.Negatives,
+) -> Tensor:
+    """Tell pairs from an image with a wrong text and from a text with a wrong image."""
+    fused = model.fuse(
+        torch.cat([text, text[wrong_text.ids], text]),
+        torch.cat([batch.attended, batch.attended[wrong_text.ids], batch.attended]),
+        torch.cat([image, image, image[wrong_image.ids]]),
+    )
+    found = torch.cat([wrong_text.found, wrong_image.found])
     labels = torch.cat([torch.ones_like(batch.item_ids), found.long() - 1])
     return F.cross_entropy(model.itm_head(fused[:, 0]), labels, ignore_index=-1)
 

@@ -139,7 +139,7 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
     if config.augment:
         batch = batch._replace(pixels=crop_and_flip(batch.pixels))
     masks = choose_masks(state.teacher, batch, state.step, config)
-    losses = compute_losses(state.model, batch, masks, data.tokenizer)
+    losses = compute_losses(state.model, batch, masks, data.tokenizer, config)
     loss = torch.stack(list(losses.values())).sum()
     state.optimizer.zero_grad()
     loss.backward()

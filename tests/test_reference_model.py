@@ -14,7 +14,14 @@ from reference.config import MaskConfig, PretrainConfig
 from reference.data import Data, load_data
 from reference.masks import choose_masks, image_effect, random_masks, teacher_masks
 from reference.model import ModelConfig, SyncMaskModel
-from reference.objective import compute_losses, itc_loss, itm_loss, mim_loss, mlm_loss
+from reference.objective import (
+    choose_negatives,
+    compute_losses,
+    itc_loss,
+    itm_loss,
+    mim_loss,
+    mlm_loss,
+)
 
 SIZES = {
     "image_size": 16, "patch_size": 4, "width": 24, "heads": 3, "image_layers": 2,
@@ -246,25 +253,41 @@ def test_itc_treats_all_pairs_of_an_item_as_positives() -> None:
     torch.testing.assert_close(itc_loss(logits, items), expected / 2)
 
 
+@pytest.mark.parametrize("mode", ["semi_hard", "multinomial", "hardest"])
 def test_itm_never_takes_the_same_item_for_a_negative(
-    model: SyncMaskModel, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    model: SyncMaskModel, batch: Batch, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image, text = encode(model, batch)
     labels: list[Tensor] = []
-    whole = F.cross_entropy
+    cross_entropy = F.cross_entropy
 
     def spy(logits: Tensor, target: Tensor, **options: int) -> Tensor:
         labels.append(target)
-        return whole(logits, target, **options)
+        return cross_entropy(logits, target, **options)
 
     monkeypatch.setattr(F, "cross_entropy", spy)
-    one_item = batch._replace(item_ids=torch.zeros_like(batch.item_ids))
-    similarity = torch.zeros(10, 10)
-    loss = itm_loss(model, image, text, one_item, similarity)
-    assert loss.isfinite()
-    assert labels[-1].tolist() == [1] * 10 + [-1] * 20
-    itm_loss(model, image, text, batch, similarity)
+    config = PretrainConfig(**SIZES, negatives=mode)
+    similarity = 5 * torch.rand(10, 10)
+    texts, images = choose_negatives(similarity, batch.item_ids, config)
+    for wrong in (texts, images):
+        assert (batch.item_ids[wrong.ids] != batch.item_ids).all()
+    itm_loss(model, image, text, batch, texts, images)
     assert labels[-1].tolist() == [1] * 10 + [0] * 20
+    one_item = torch.zeros_like(batch.item_ids)
+    none = choose_negatives(similarity, one_item, config)
+    assert itm_loss(model, image, text, batch, *none).isfinite()
+    assert labels[-1].tolist() == [1] * 10 + [-1] * 20
+
+
+def test_semi_hard_negatives_are_less_similar_than_the_pair() -> None:
+    similarity = torch.tensor([[5.0, 1.0, 2.0, 9.0, 3.0]]).repeat(5, 1)
+    similarity.fill_diagonal_(5.0)
+    config = PretrainConfig(**SIZES, negative_quantile=0.75)
+    texts, _images = choose_negatives(similarity, torch.arange(5), config)
+    assert texts.ids[0] == 4  # of 1, 2, 3 the one of rank ceil(0.75 * 3) = 3
+    config = PretrainConfig(**SIZES, negative_quantile=0.5)
+    texts, _images = choose_negatives(similarity, torch.arange(5), config)
+    assert texts.ids[0] == 2
 
 
 def test_mlm_learns_from_masked_words_only(model: SyncMaskModel, batch: Batch, data: Data) -> None:
@@ -301,7 +324,7 @@ def test_mim_rebuilds_masked_pixels_only(model: SyncMaskModel, batch: Batch) -> 
 
 def test_losses_reach_every_parameter(model: SyncMaskModel, batch: Batch, data: Data) -> None:
     masks = random_masks(batch, 16, MaskConfig())
-    losses = compute_losses(model, batch, masks, data.tokenizer)
+    losses = compute_losses(model, batch, masks, data.tokenizer, PretrainConfig(**SIZES))
     assert list(losses) == ["itc", "itm", "mlm", "mim"]
     torch.stack(list(losses.values())).sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]
