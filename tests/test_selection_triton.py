@@ -225,7 +225,9 @@ def check_sync(arguments: dict[str, Any]) -> smk.SyncMask:
 
 @pytest.mark.parametrize(("patch_score", "token_score"), RULES)
 def test_rules(patch_score: str, token_score: str) -> None:
-    check_sync(case(patch_score=patch_score, token_score=token_score, cls_index=2))
+    arguments = case(patch_score=patch_score, token_score=token_score, cls_index=2)
+    arguments["token_valid"][:, 2] = torch.tensor([True, False])
+    check_sync(arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -283,6 +285,31 @@ def test_reads_only_what_counts(patch_score: str, token_score: str) -> None:
     lse = arguments["lse"].masked_fill(~arguments["token_valid"][:, None], NAN)
     dirty = arguments | {"attn": around[:, :2, 1:, :7, 5:55], "lse": lse}
     assert all(map(torch.equal, serve(smk.sync_topk_mask, "triton", dirty), clean))
+
+
+@pytest.mark.skipif(not triton.INTERPRETED, reason="watches the loads of the interpreter")
+@pytest.mark.parametrize("token_score", ["max", "dual"])
+def test_reads_each_weight_that_counts_once(token_score: str) -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    arguments = case(1, 2, 40, 80, layers=2, token_score=token_score)
+    arguments["patch_valid"] = torch.rand(1, 80, generator=seeded(1)) < 0.7
+    everywhere = arguments["attn"].repeat(2, 1, 1, 1, 1)  # as many layers again lie behind
+    arguments["attn"] = attn = everywhere[:2]
+    load, read = interpreter_builder.create_masked_load, []
+
+    def watched(pointers: Any, mask: Any, *rest: Any) -> Any:
+        read.append(torch.from_numpy(pointers.data[mask.data].astype("int64")))
+        return load(pointers, mask, *rest)
+
+    with mock.patch.object(interpreter_builder, "create_masked_load", watched):
+        serve(smk.sync_topk_mask, "triton", arguments)
+    offsets = (torch.cat(read) - attn.data_ptr()) // attn.element_size()
+    offsets = offsets[(offsets >= 0) & (offsets < everywhere.numel())]
+    counted = torch.cat([torch.zeros(1, 1).bool(), arguments["patch_valid"]], dim=1)
+    wanted = arguments["token_valid"][:, None, :, None] & counted[:, None, None]
+    positions = torch.arange(attn.numel()).view(attn.shape)
+    assert torch.equal(offsets.sort().values, positions[wanted.expand(attn.shape)])
 
 
 def test_strided_attention() -> None:

@@ -164,23 +164,25 @@ def sync_launches(
     return selection, launches
 
 
-_DEVICES = ("cpu", "cuda") if INTERPRETED else "cuda"
 _topk_mask = overloads.define("topk_mask", "triton")
 _sync_topk_mask = overloads.define("sync_topk_mask", "triton")
 
 
-@torch.library.impl("syncmask::topk_mask.triton", _DEVICES)
-def _topk_impl(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _run_topk_mask(scores: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     outputs, launches = topk_launches(scores, *rest)
     run(launches, scores)
     return outputs
 
 
-@torch.library.impl("syncmask::sync_topk_mask.triton", _DEVICES)
-def _sync_impl(attn: Tensor, *rest: Any) -> Selection:
+def _run_sync_topk_mask(attn: Tensor, *rest: Any) -> Selection:
     selection, launches = sync_launches(attn, *rest)
     run(launches, attn)
     return selection
+
+
+for _device in ("cpu", "cuda") if INTERPRETED else ("cuda",):
+    torch.library.impl("syncmask::topk_mask.triton", _device, _run_topk_mask)
+    torch.library.impl("syncmask::sync_topk_mask.triton", _device, _run_sync_topk_mask)
 
 
 def topk_mask(
