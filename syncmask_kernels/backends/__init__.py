@@ -65,9 +65,9 @@ def use_backend(backend: str) -> Iterator[None]:
 def refusal(backend: str, op: str, device_type: str, call: tuple[Any, ...] = ()) -> str | None:
     """Why `backend` cannot serve `op` there (for `call`, where one is given), or None."""
     module = BACKENDS[backend]
-    if op not in module.KERNELS:
-        return f"it has no kernel for {op}"
     reason: str | None = module.unavailable(device_type)
+    if reason is None and op not in module.KERNELS:
+        return f"it has no kernel for {op}"
     if reason is None and call and module.KERNELS[op].refuses is not None:
         reason = module.KERNELS[op].refuses(*call)
     return reason

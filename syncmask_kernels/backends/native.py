@@ -14,7 +14,10 @@ def load(name: str) -> tuple[str | None, str]:
     """Load ``libsyncmask_<name>.so``: the reason why it cannot be (or None), and its state."""
     record = LIB / "build.json"
     if not record.exists():
-        reason = f"{record} is missing: the package was not installed (pip install .)"
+        reason = (
+            "it was not built in this source folder, which is imported in place of an installed "
+            "package: leave the folder, or build in place with `pip install -e .`"
+        )
         return reason, f"out: {reason}"
     built = json.loads(record.read_text()).get(name, {"built": False, "detail": "unknown"})
     if not built["built"]:
@@ -22,5 +25,6 @@ def load(name: str) -> tuple[str | None, str]:
     try:
         torch.ops.load_library(LIB / f"libsyncmask_{name}.so")
     except OSError as error:
-        return f"it does not load: {error}", f"built, but does not load: {error}"
+        detail = error.__cause__ or error
+        return f"it does not load: {detail}", f"built, but does not load: {detail}"
     return None, f"ready ({built['detail']})"

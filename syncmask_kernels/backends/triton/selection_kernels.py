@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 # What may change from call to call must not compile anew.
-COUNTS = ["num", "den", "width", "patch_num", "patch_den", "patch_width"]
-COUNTS += ["token_num", "token_den", "token_width", "cls_row"]
+VARYING = ["num", "den", "width", "patch_num", "patch_den", "patch_width"]
+VARYING += ["token_num", "token_den", "token_width", "cls_row", "B"]
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def nan_max(x, axis: tl.constexpr):
     return tl.max(tl.where(number, x, float("-inf")), axis) + tl.sum(tl.where(number, 0.0, x), axis)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=VARYING)
 def score_kernel(
     attn, lse, token_valid, patch_valid, patch_parts, token_parts,
     B, T, P, layers, heads, cls_row,
@@ -221,7 +221,7 @@ def select_row(
         tl.store(ids + slots, -1, (slots >= total) & (slots < width))
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=VARYING)
 def topk_kernel(
     scores, valid, k, num, den, width, mask, ids, N,
     LARGEST: tl.constexpr, BLOCK: tl.constexpr,
@@ -234,7 +234,7 @@ def topk_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=VARYING)
 def select_kernel(
     patch_parts, patch_blocks, patch_valid, patch_noise, patch_k, patch_num, patch_den, patch_width,
     token_parts, token_blocks, token_valid, token_noise, token_k, token_num, token_den, token_width,
