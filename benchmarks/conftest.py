@@ -1,4 +1,4 @@
-"""How operators are compared: contenders take turns, inputs rotate beyond the caches, medians count.
+"""How operators are compared: in turns, on inputs that rotate beyond the caches, by medians.
 
 A benchmark names its contenders; the first one is the floor, the last one this library. Before
 anything is timed, the results of all but the floor are checked, so that a wrong result has no time.
@@ -43,7 +43,7 @@ def _timed(function: Function, argument: Any) -> float:
 
 @pytest.fixture
 def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
-    """``compare(title, contenders, inputs, check)`` -> the median milliseconds of each contender."""
+    """``compare(title, contenders, inputs, check)`` -> each contender's median milliseconds."""
 
     def run(
         title: str,

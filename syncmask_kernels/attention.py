@@ -11,7 +11,7 @@ from syncmask_kernels import _checks, backends
 
 
 def stack_layers(name: str, attn: Tensor | Sequence[Tensor], layout: str) -> Tensor:
-    """One layer `[B, ...]`, stacked layers `[L, B, ...]` or a sequence of layers -> `[L, B, ...]`."""
+    """One layer `[B, ...]`, stacked `[L, B, ...]` or a sequence of layers -> `[L, B, ...]`."""
     if isinstance(attn, (list, tuple)):
         if not attn:
             raise ValueError(f"{name} must hold at least one layer, got an empty sequence")
@@ -69,7 +69,7 @@ def head_average(attn: Tensor | Sequence[Tensor], *, skip_keys: int = 1) -> Tens
     _checks.floating("attn", stacked)
     check_heads("attn", stacked)
     check_skip_keys(skip_keys, stacked.shape[-1])
-    return backends.choose("head_average", stacked)(stacked, skip_keys)  # type: ignore[no-any-return]
+    return backends.choose("head_average", stacked)(stacked, skip_keys)
 
 
 def check_qk(
@@ -133,4 +133,4 @@ def attention_map(
     """
     queries, keys, factor = check_qk(q, k, key_valid, scale, skip_keys)
     run = backends.choose("attention_map", queries)
-    return run(queries, keys, key_valid, factor, skip_keys)  # type: ignore[no-any-return]
+    return run(queries, keys, key_valid, factor, skip_keys)

@@ -212,7 +212,7 @@ class _SyncTopkMask(torch.autograd.Function):
     """The forward of a backend without autograd, with the gradient of its scores."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, rest: Any, options: Any, *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, run: Any, rest: Any, options: Any, *tensors: Any) -> Any:
         ctx.save_for_backward(*tensors)
         ctx.options = options
         selection = run(SyncRequest(Scoring(*tensors, *options), *rest))

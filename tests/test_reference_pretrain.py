@@ -222,7 +222,7 @@ def test_what_a_killed_writer_left_is_cleared_away(data: Data, tmp_path: Path) -
 def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(
     finished: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit, match="error: .* holds a run"):
+    with pytest.raises(SystemExit, match=r"error: .* holds a run"):
         pretraining.main(["--output", str(finished)])
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         pretrain(tiny(tmp_path / "new", resume=True))

@@ -27,7 +27,7 @@ RULES = [(p, t) for p in ("mean", "cls") for t in ("max", "text_softmax", "dual"
 def case(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Attention with its lse, and positions of both sides that count; one row has no word."""
     generator = torch.Generator().manual_seed(seed)
-    layers, batch, _, tokens, keys = shape
+    _, batch, _, tokens, keys = shape
     logits = 3 * torch.randn(shape, generator=generator)
     token_valid = torch.rand(batch, tokens, generator=generator) < 0.7
     token_valid[-1] = False
@@ -354,7 +354,7 @@ def test_compiles(backend: str) -> None:
         )
 
     calls = []
-    for b, t, s in [(2, 7, 9), (3, 9, 12), (4, 12, 20)]:  # ids of more than one word: no special case
+    for b, t, s in [(2, 7, 9), (3, 9, 12), (4, 12, 20)]:  # sizes that are no special cases
         calls.append((torch.randn(b, 3, t, 8), torch.randn(b, 3, s, 8), torch.rand(b, t) < 0.8))
     assert_compiles_once(selected, calls, rtol=1e-5, atol=1e-6)
 

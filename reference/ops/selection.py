@@ -127,7 +127,7 @@ def token_scores(
 
 
 def value_weighted(attn: Tensor, v: Tensor, patch_valid: Tensor, skip_keys: int = 1) -> Tensor:
-    """attn [B, H, T, S], v [B, H, S, D] -> attn times how far a patch's value lies from the mean."""
+    """attn [B, H, T, S] times how far each patch's value, of v [B, H, S, D], lies from the mean."""
     weighted = torch.zeros_like(attn)
     for b in range(v.shape[0]):
         for head in range(v.shape[1]):

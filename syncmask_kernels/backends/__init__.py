@@ -83,10 +83,10 @@ def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
         reason = refusal(_forced, op, device_type, call)
         if reason is not None:
             raise BackendError(f"backend {_forced!r} cannot serve {op}: {reason}")
-        return BACKENDS[_forced].KERNELS[op].run  # type: ignore[no-any-return]
+        return BACKENDS[_forced].KERNELS[op].run
     for backend in AUTOMATIC.get(device_type, ("eager",)):
         if refusal(backend, op, device_type, call) is None:
-            return BACKENDS[backend].KERNELS[op].run  # type: ignore[no-any-return]
+            return BACKENDS[backend].KERNELS[op].run
     raise BackendError(f"no backend serves {op} on {tensor.device}")
 
 

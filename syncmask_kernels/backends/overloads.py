@@ -5,6 +5,7 @@ Each backend owns the overload that carries its name (``syncmask::sync_topk_mask
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,4 +91,7 @@ def _fake_sync_topk_mask(
     )
 
 
-_FAKES = {"topk_mask": _fake_topk_mask, "sync_topk_mask": _fake_sync_topk_mask}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "topk_mask": _fake_topk_mask,
+    "sync_topk_mask": _fake_sync_topk_mask,
+}
