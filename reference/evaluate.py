@@ -100,15 +100,6 @@ def _pad(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, length - x.shape[-1]))
 
 
-def distinct(captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Rows of the first use of each caption, and for each row the position of its caption there."""
-    first: dict[str, int] = {}
-    for row, caption in enumerate(captions):
-        first.setdefault(caption, row)
-    position = {caption: i for i, caption in enumerate(first)}
-    return torch.tensor(list(first.values())), torch.tensor([position[c] for c in captions])
-
-
 def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
     """Ids ``[Q, k]`` of the most similar candidates, best first."""
     return (queries @ candidates.T).topk(min(k, len(candidates)), dim=1).indices
@@ -117,20 +108,18 @@ def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
 def retrieval(encoded: Encoded, dataset: PairDataset) -> Retrieval:
     """Recall both ways by cosine similarity, without re-ranking by the fusion encoder.
 
-    A hit is any candidate of the query's item. Equal captions count as one text, as usual.
+    Every image and the text of every pair is a query and a candidate; a hit is any candidate of the
+    query's item.
     """
-    texts, _ = distinct(dataset.captions)
-    image_items, text_items = dataset.item_ids, dataset.item_ids[texts]
-    images, words = encoded.image_features, encoded.text_features[texts]
+    items = dataset.item_ids
+    images, texts = encoded.image_features, encoded.text_features
+    chance = _chance(items, items)
     return {
-        "i2t": _recalls(nearest(images, words, 10), image_items, text_items),
-        "t2i": _recalls(nearest(words, images, 10), text_items, image_items),
-        "chance": {
-            "i2t": _chance(image_items, text_items),
-            "t2i": _chance(text_items, image_items),
-        },
-        "n_images": len(image_items),
-        "n_texts": len(text_items),
+        "i2t": _recalls(nearest(images, texts, 10), items, items),
+        "t2i": _recalls(nearest(texts, images, 10), items, items),
+        "chance": {"i2t": chance, "t2i": chance},
+        "n_images": len(items),
+        "n_texts": len(items),
     }
 
 

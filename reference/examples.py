@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from reference.data import PairDataset
-from reference.evaluate import Encoded, distinct, nearest
+from reference.evaluate import Encoded, nearest
 from reference.run_files import Examples
 
 
@@ -22,7 +22,7 @@ def examples(
 
     Items and queries are spread evenly over the data set.
     """
-    texts, _ = distinct(dataset.captions)
+    texts = _first_uses(dataset.captions)
     shown = torch.cat(
         [
             (dataset.item_ids == item).nonzero()[:2, 0]
@@ -54,6 +54,14 @@ def examples(
         gallery_queries=[dataset.captions[row] for row in asked.tolist()],
         query_captions=[[dataset.captions[row] for row in rows] for rows in answers.tolist()],
     )
+
+
+def _first_uses(captions: list[str]) -> Tensor:
+    """Rows of the first use of each caption."""
+    first: dict[str, int] = {}
+    for row, caption in enumerate(captions):
+        first.setdefault(caption, row)
+    return torch.tensor(list(first.values()))
 
 
 def _spread(values: Tensor, count: int) -> Tensor:
