@@ -154,7 +154,7 @@ def test_without_a_compiler_the_package_is_pure_and_says_so(
     variables = install(python, wheel, tmp_path / "target")
     code = """
 import torch, syncmask_kernels as smk
-print(smk.topk_mask(torch.tensor([1.0, 3.0, 2.0]), k=1).ids.item())
+print(smk.topk_mask(torch.tensor([1.0, 3.0, 2.0]), k=1).ids.item(), flush=True)
 with smk.use_backend("cpu"):
     smk.topk_mask(torch.ones(3), k=1)
 """
