@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
-DEMO_ARGS ?=
+DEMO_ARGS ?= --steps 400
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
