@@ -25,7 +25,9 @@ class MaskConfig:
     word_score: Literal["image_effect", "text_softmax", "dual", "max"] = _option(
         "image_effect", "Rule that scores a word."
     )
-    patch_score: Literal["value", "mean", "cls"] = _option("value", "Rule that scores a patch.")
+    patch_score: Literal["cls_value", "value", "mean", "cls"] = _option(
+        "cls_value", "Rule that scores a patch."
+    )
     mask_layer: int = _option(-1, "Fusion layer whose attention is read; negative: from the end.")
     token_ratio: float = _option(0.2, "Share of a text's words that is masked.")
     patch_ratio: float = _option(0.375, "Share of an image's patches that is masked.")

@@ -2,16 +2,17 @@
 
 The paper masks what image and text share: it sorts "cross-modal attention weights from the
 teacher's multi-modal encoder" in descending order and masks the top. What it leaves open is decided
-here, by the first study in ``docs`` and by the runs of this folder:
+here, by runs on the drawn catalogue:
 
 - **Words.** A row of the words' attention to patches sums to one whether or not the word can be
   seen, so attention weights say little about words. The default ``image_effect`` is how far its
   image moves a word: one minus the cosine between the teacher's fused word with its image and with
   the mean image of the batch. (The abstract speaks of "cross-attentional features".)
   ``text_softmax``, ``dual`` and ``max`` are the operator's rules on the attention of one layer.
-- **Patches.** Attention to each patch, averaged over words and weighted by how far the patch's
-  value lies from the mean value (``value``, the default): attention alone (``mean``, or ``cls``: of
-  the text's CLS, as AttMask does with an image's CLS) can rest on the background.
+- **Patches.** The attention of the text's CLS to each patch, weighted by how far the patch's value
+  lies from the mean value (``cls_value``, the default). Attention averaged over words (``mean``, or
+  ``value`` with those weights) can rest on the background, and so can, in some runs, that of the
+  CLS alone (``cls``, as AttMask does with an image's CLS).
 - **Layer and heads.** One fusion layer, the last by default; heads are averaged.
 - **Noise.** A teacher that moves slowly would choose the same words of a pair again and again:
   Gaussian noise, in units of the standard deviation of a pair's scores, varies the choice.
@@ -70,8 +71,8 @@ def teacher_masks(
         query,
         key,
         batch.token_valid,
-        v=value if config.patch_score == "value" else None,
-        patch_score="cls" if config.patch_score == "cls" else "mean",
+        v=value if config.patch_score.endswith("value") else None,
+        patch_score="cls" if config.patch_score.startswith("cls") else "mean",
         token_score="max" if effect else config.word_score,
         token_scores=image_effect(teacher, image, text, batch.attended, fused) if effect else None,
         patch_ratio=config.patch_ratio,

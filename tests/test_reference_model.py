@@ -163,7 +163,7 @@ def test_masked_patches_are_hidden(model: SyncMaskModel, batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("word_score", ["image_effect", "text_softmax", "dual", "max"])
-@pytest.mark.parametrize("patch_score", ["cls", "mean", "value"])
+@pytest.mark.parametrize("patch_score", ["cls", "cls_value", "mean", "value"])
 def test_masks_are_whole_words_of_the_ratio(
     model: SyncMaskModel, batch: Batch, word_score: str, patch_score: str
 ) -> None:
@@ -192,7 +192,9 @@ def test_rules_score_differently(model: SyncMaskModel, batch: Batch) -> None:
         return teacher_masks(model, batch, image, text, MaskConfig(**rules))
 
     words = [scores(word_score=rule).token_scores for rule in ("image_effect", "dual", "max")]
-    patches = [scores(patch_score=rule).patch_scores for rule in ("cls", "mean", "value")]
+    patches = [
+        scores(patch_score=rule).patch_scores for rule in ("cls", "cls_value", "mean", "value")
+    ]
     layers = [
         teacher_masks(model, batch, image, text, MaskConfig(mask_layer=layer)).patch_scores
         for layer in (0, 1)
