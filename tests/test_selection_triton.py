@@ -112,7 +112,7 @@ def test_topk_ratio_rounds_up_exactly(ratio: float) -> None:
 
 
 def test_topk_counts_and_widths() -> None:
-    k = torch.tensor([-3, 0, 5, 2**40])
+    k = torch.tensor([-3, 5 - 2**32, 5, 2**40])
     for width in (None, 0, 3, 90):
         check_topk(adversarial(4, 49), k=k, width=width)
     check_topk(adversarial(1, 7), k=12)
@@ -356,9 +356,14 @@ def test_large_lse() -> None:
     check_sync(arguments)
 
 
-def test_maximum_of_negative_maps() -> None:
+@pytest.mark.parametrize("token_score", ["max", "text_softmax"])
+def test_maximum_of_negative_values(token_score: str) -> None:
     """What lies beyond the last patch does not lift the maximum."""
-    check_sync(case() | {"attn": -1 - torch.rand(1, 2, 3, 7, 50, generator=seeded())})
+    arguments = case(token_score=token_score)
+    arguments["token_valid"][:] = True
+    arguments["attn"] = 1 + torch.rand(1, 2, 3, 7, 50, generator=seeded())
+    arguments["attn"][..., 2, :] -= 3
+    assert (check_sync(arguments).token_scores[:, 2] < 0).all()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def load_row(
         part += N
         other = tl.load(part, inside, 0.0)
         if COMBINE_MAX:
-            scores = tl.maximum(scores, other, propagate_nan=tl.PropagateNan.ALL)
+            # Unlike tl.maximum, this keeps NaN.
+            scores = tl.where((scores >= other) | (scores != scores), scores, other)
         else:
             scores += other
     if divisor is not None:
