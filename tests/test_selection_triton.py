@@ -328,9 +328,9 @@ def test_strided_attention() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize(("patch_score", "token_score"), RULES)
 def test_not_finite(patch_score: str, token_score: str) -> None:
-    arguments = case(3, 2, 5, 70, patch_score=patch_score, token_score=token_score)
+    arguments = case(3, 2, 5, 300, patch_score=patch_score, token_score=token_score)
     arguments["token_valid"][:] = True
-    arguments["attn"][0, 0, 1, 0, 70] = NAN
+    arguments["attn"][0, 0, 1, 0, 300] = arguments["attn"][0, 0, 1, 1, 1] = NAN
     arguments["attn"][0, 1, 1, 0, 3] = INF
     arguments["attn"][0, 2, 0, 4, 3] = -INF
     got = serve(smk.sync_topk_mask, "triton", arguments)

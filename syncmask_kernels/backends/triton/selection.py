@@ -45,11 +45,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _count_args(side: str, count: Count, size: int) -> dict[str, Any]:
-    k, num, den, width = count
-    # A fixed count beyond the row means the whole row; so the integer stays small.
-    num = min(num, size) if den == 0 else num
-    return {f"{side}k": _contiguous(k), f"{side}num": num, f"{side}den": den, f"{side}width": width}
+def _count_args(side: str, count: Count) -> dict[str, Any]:
+    given = count._replace(k=_contiguous(count.k))._asdict()
+    return {f"{side}{name}": value for name, value in given.items()}
 
 
 def _empty_selection(values: Tensor, patch_width: int, token_width: int) -> Selection:
@@ -85,7 +83,7 @@ def topk_launches(
         "N": size,
         "LARGEST": largest,
         "BLOCK": block,
-    } | _count_args("", count, size)
+    } | _count_args("", count)
     launch = Launch(topk_kernel, (rows.numel(),), args, _warps(block, 8))
     return (mask, ids), [launch] if rows.numel() > 0 else []
 
@@ -155,8 +153,8 @@ def sync_launches(
         "BLOCK_P": block_p,
         "CHUNK": min(block_t, max(PAIRS // block_t, 1)),
     }
-    select |= _count_args("patch_", patch_count, patches)
-    select |= _count_args("token_", token_count, words) | selection._asdict()
+    select |= _count_args("patch_", patch_count)
+    select |= _count_args("token_", token_count) | selection._asdict()
     select_warps = _warps(max(block_t, block_p), 8)
     launches = [Launch(select_kernel, (batch, 2), both | select, select_warps)]
     if tiles > 0 and (own_patch is None or own_token is None):
