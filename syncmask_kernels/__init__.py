@@ -7,7 +7,12 @@ tensor([4, 4])
 """
 
 from syncmask_kernels._version import __version__
-from syncmask_kernels.attention import attention_map, head_average
+from syncmask_kernels.attention import (
+    AttentionWithMap,
+    attention_map,
+    attention_with_map,
+    head_average,
+)
 from syncmask_kernels.backends import BackendError, build_info, use_backend
 from syncmask_kernels.losses import masked_linear_cross_entropy, masked_patch_loss
 from syncmask_kernels.masking import (
@@ -20,16 +25,22 @@ from syncmask_kernels.masking import (
 from syncmask_kernels.momentum import ema_update_
 from syncmask_kernels.negatives import Negatives, sample_negatives
 from syncmask_kernels.selection import (
+    AttentiveMask,
     Complement,
     SyncMask,
     TopK,
+    attentive_mask,
     complement,
+    max_similarity,
     sync_topk_mask,
     sync_topk_mask_qk,
     topk_mask,
+    vote_keywords,
 )
 
 __all__ = [
+    "AttentionWithMap",
+    "AttentiveMask",
     "BackendError",
     "Complement",
     "Negatives",
@@ -37,6 +48,8 @@ __all__ = [
     "TopK",
     "__version__",
     "attention_map",
+    "attention_with_map",
+    "attentive_mask",
     "build_info",
     "complement",
     "ema_update_",
@@ -46,6 +59,7 @@ __all__ = [
     "mask_tokens",
     "masked_linear_cross_entropy",
     "masked_patch_loss",
+    "max_similarity",
     "sample_negatives",
     "scatter_masked",
     "sync_topk_mask",
@@ -53,4 +67,5 @@ __all__ = [
     "token_valid",
     "topk_mask",
     "use_backend",
+    "vote_keywords",
 ]

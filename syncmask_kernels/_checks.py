@@ -49,6 +49,21 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         )
 
 
+def mask(
+    name: str,
+    value: Tensor | None,
+    layout: str,
+    sizes: Sequence[int],
+    other_name: str,
+    other: Tensor,
+) -> None:
+    """An optional bool tensor beside `other`."""
+    if value is not None:
+        dtype(name, value, torch.bool)
+        shape(name, value, layout, sizes)
+        same_device(name, value, other_name, other)
+
+
 def fraction(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")

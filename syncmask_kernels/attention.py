@@ -3,11 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from syncmask_kernels import _checks, backends
+from syncmask_kernels.backends.eager import attention as eager
+
+
+class AttentionWithMap(NamedTuple):
+    """``output [B, H, T, E]`` of attention and its head-mean ``map [B, T, P]``."""
+
+    output: Tensor
+    map: Tensor
+
+
+class _HeadAverage(torch.autograd.Function):
+    """The forward of a backend without autograd; the gradient is the same for every head."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, skip_keys: int, attn: Tensor) -> Any:
+        ctx.shape, ctx.dtype, ctx.skip_keys = attn.shape, attn.dtype, skip_keys
+        return run(attn, skip_keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = torch.nn.functional.pad(grad, (ctx.skip_keys, 0)) / (ctx.shape[0] * ctx.shape[2])
+        return None, None, grad[None, :, None].to(ctx.dtype).expand(ctx.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """The forward of a backend without autograd, of `attention_map` and `attention_with_map`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Any, scale: float, skip_keys: int, key_valid: Any, *tensors: Tensor
+    ) -> Any:
+        ctx.save_for_backward(key_valid, *tensors)
+        ctx.scale, ctx.skip_keys = scale, skip_keys
+        result = run(*tensors, key_valid, scale, skip_keys)
+        return result if isinstance(result, Tensor) else tuple(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        key_valid, q, k, *values = ctx.saved_tensors
+        grad_map = torch.nn.functional.pad(grads[-1], (ctx.skip_keys, 0))
+        if not values:
+            grad_q, grad_k, _ = eager.attention_backward(
+                q, k, None, key_valid, ctx.scale, grad_map, None
+            )
+            return None, None, None, None, grad_q, grad_k
+        layered = (tensor.unsqueeze(0) for tensor in (q, k, *values))
+        q, k, v = layered
+        found = eager.attention_backward(q, k, v, key_valid, ctx.scale, grad_map, grads[0])
+        return None, None, None, None, *(grad.squeeze(0) for grad in found if grad is not None)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def stack_layers(name: str, attn: Tensor | Sequence[Tensor], layout: str) -> Tensor:
@@ -69,7 +127,12 @@ def head_average(attn: Tensor | Sequence[Tensor], *, skip_keys: int = 1) -> Tens
     _checks.floating("attn", stacked)
     check_heads("attn", stacked)
     check_skip_keys(skip_keys, stacked.shape[-1])
-    return backends.choose("head_average", stacked)(stacked, skip_keys)
+    run = backends.choose("head_average", stacked, stacked)
+    if wants_grad(stacked) and run is not eager.head_average:
+        average: Tensor = _HeadAverage.apply(run, skip_keys, stacked)
+        return average
+    result: Tensor = run(stacked, skip_keys)
+    return result
 
 
 def check_qk(
@@ -120,8 +183,9 @@ def attention_map(
         TypeError: types differ or are not floating.
         ValueError: shapes, devices or `skip_keys` do not fit.
 
-    Deterministic on one backend. Today's eager backend holds the probabilities
-    ``[L, B, H, T, S]`` in memory.
+    Deterministic: the same bits run after run and in any batch, on one backend. The probabilities
+    ``[L, B, H, T, S]`` never exist in memory (the eager backend holds them; the backward of the
+    others holds those of one head at a time).
 
     Source: BERT/ALBEF cross-attention without dropout.
 
@@ -132,5 +196,63 @@ def attention_map(
         tensor([0.2000, 0.2000, 0.2000, 0.2000])
     """
     queries, keys, factor = check_qk(q, k, key_valid, scale, skip_keys)
-    run = backends.choose("attention_map", queries)
-    return run(queries, keys, key_valid, factor, skip_keys)
+    run = backends.choose("attention_map", queries, queries)
+    if wants_grad(queries, keys) and run is not eager.attention_map:
+        found: Tensor = _Attention.apply(run, factor, skip_keys, key_valid, queries, keys)
+        return found
+    result: Tensor = run(queries, keys, key_valid, factor, skip_keys)
+    return result
+
+
+def attention_with_map(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    skip_keys: int = 1,
+) -> AttentionWithMap:
+    """Attention output and head-mean map from one pass, without dropout.
+
+    For a teacher, or evaluation, of a model that would otherwise have to choose between
+    `scaled_dot_product_attention` and attention maps.
+
+    Args:
+        q: ``[B, H, T, D]`` text queries.
+        k: ``[B, H, S, D]`` image keys, of the type of `q`.
+        v: ``[B, H, S, E]`` values, of the type of `q`.
+        key_valid: ``[B, S]`` bool, False for keys outside the softmax. Default: all are valid.
+        scale: factor of the logits, default ``D ** -0.5``.
+        skip_keys: key columns left out of the map (not of the output), default 1: the image CLS.
+
+    Returns:
+        AttentionWithMap: ``output [B, H, T, E]`` in the type of `q`, and ``map [B, T,
+        S - skip_keys]`` as `attention_map` returns it. A row without a valid key is 0 in both.
+        Gradients flow to `q`, `k` and `v` from both.
+
+    Raises:
+        TypeError: types differ or are not floating.
+        ValueError: shapes, devices or `skip_keys` do not fit.
+
+    Deterministic, and without probabilities in memory, as `attention_map`.
+
+    Source: BERT/ALBEF cross-attention without dropout.
+
+    Example:
+        >>> import torch, syncmask_kernels as smk
+        >>> q, k, v = torch.zeros(1, 2, 3, 8), torch.randn(1, 2, 5, 8), torch.ones(1, 2, 5, 8)
+        >>> output, attn = smk.attention_with_map(q, k, v)
+        >>> output.shape, attn.shape
+        (torch.Size([1, 2, 3, 8]), torch.Size([1, 3, 4]))
+    """
+    for name, tensor, layout in (("q", q, "T, D"), ("k", k, "S, D"), ("v", v, "S, E")):
+        _checks.rank(name, tensor, f"[B, H, {layout}]")
+    _, _, factor = check_qk(q, k, key_valid, scale, skip_keys)
+    _checks.dtype("v", v, q.dtype)
+    _checks.shape("v", v, "[B, H, S, E]", (*k.shape[:3], v.shape[3]))
+    _checks.same_device("v", v, "q", q)
+    run = backends.choose("attention_with_map", q, q)
+    if wants_grad(q, k, v) and run is not eager.attention_with_map:
+        return AttentionWithMap(*_Attention.apply(run, factor, skip_keys, key_valid, q, k, v))
+    return AttentionWithMap(*run(q, k, v, key_valid, factor, skip_keys))

@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends.request import TOKEN_SCORES, Count, SyncRequest
+from syncmask_kernels.backends.request import TOKEN_SCORES, Count, ScoringQK, SyncRequest
 
 SCHEMAS = {
+    "head_average": "(Tensor attn, int skip_keys) -> Tensor",
+    "attention_map": (
+        "(Tensor q, Tensor k, Tensor? key_valid, float scale, int skip_keys) -> Tensor"
+    ),
+    "attention_with_map": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? key_valid, float scale, int skip_keys)"
+        " -> (Tensor output, Tensor map)"
+    ),
     "topk_mask": (
         "(Tensor scores, Tensor? valid, Tensor? k, SymInt num, SymInt den, SymInt width,"
         " bool largest) -> (Tensor mask, Tensor ids)"
@@ -27,6 +35,14 @@ SCHEMAS = {
         " Tensor? patch_noise, Tensor? token_noise, Tensor? word_ids)"
         " -> (Tensor patch_mask, Tensor token_mask, Tensor patch_ids, Tensor token_ids,"
         " Tensor patch_scores, Tensor token_scores)"
+    ),
+    "sync_scores_qk": (
+        "(Tensor q, Tensor k, Tensor? distance, Tensor? key_valid, Tensor? token_valid,"
+        " Tensor? patch_valid, float scale, int cls_row, int token_rule, int skip_keys)"
+        " -> (Tensor patch_scores, Tensor token_scores)"
+    ),
+    "max_similarity": (
+        "(Tensor patches, Tensor tokens, Tensor? token_valid) -> (Tensor scores, Tensor ids)"
     ),
 }
 
@@ -45,11 +61,43 @@ def sync_arguments(request: SyncRequest) -> tuple[Any, ...]:
     )
 
 
+def scoring_qk_arguments(scoring: ScoringQK) -> tuple[Any, ...]:
+    """A request in the order of the schema; cls_row is -1 for the mean over words."""
+    return (
+        *scoring[:7],
+        scoring.cls_index if scoring.patch_score == "cls" else -1,
+        TOKEN_SCORES.index(scoring.token_score),
+        scoring.skip_keys,
+    )
+
+
 def define(op: str, backend: str) -> Any:
     """Declare the backend's overload of `op` and its fake; returns the overload to call."""
     torch.library.define(f"syncmask::{op}.{backend}", SCHEMAS[op])
     torch.library.register_fake(f"syncmask::{op}.{backend}", _FAKES[op])
     return getattr(getattr(torch.ops.syncmask, op), backend)
+
+
+def _fake_head_average(attn: Tensor, skip_keys: int) -> Tensor:
+    _, batch, _, tokens, keys = attn.shape
+    return attn.new_empty((batch, tokens, keys - skip_keys), dtype=torch.float32)
+
+
+def _fake_attention_map(
+    q: Tensor, k: Tensor, key_valid: Tensor | None, scale: float, skip_keys: int
+) -> Tensor:
+    _, batch, _, tokens, _ = q.shape
+    return q.new_empty((batch, tokens, k.shape[3] - skip_keys), dtype=torch.float32)
+
+
+def _fake_attention_with_map(
+    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float, skip_keys: int
+) -> tuple[Tensor, Tensor]:
+    batch, _, tokens, _ = q.shape
+    return (
+        q.new_empty((*q.shape[:3], v.shape[3])),
+        q.new_empty((batch, tokens, k.shape[2] - skip_keys), dtype=torch.float32),
+    )
 
 
 def _fake_topk_mask(
@@ -91,7 +139,40 @@ def _fake_sync_topk_mask(
     )
 
 
+def _fake_sync_scores_qk(
+    q: Tensor,
+    k: Tensor,
+    distance: Tensor | None,
+    key_valid: Tensor | None,
+    token_valid: Tensor | None,
+    patch_valid: Tensor | None,
+    scale: float,
+    cls_row: int,
+    token_rule: int,
+    skip_keys: int,
+) -> tuple[Tensor, Tensor]:
+    _, batch, _, tokens, _ = q.shape
+    return (
+        q.new_empty((batch, k.shape[3] - skip_keys), dtype=torch.float32),
+        q.new_empty((batch, tokens), dtype=torch.float32),
+    )
+
+
+def _fake_max_similarity(
+    patches: Tensor, tokens: Tensor, token_valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return (
+        patches.new_empty(patches.shape[:2], dtype=torch.float32),
+        patches.new_empty(patches.shape[:2], dtype=torch.int64),
+    )
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
+    "head_average": _fake_head_average,
+    "attention_map": _fake_attention_map,
+    "attention_with_map": _fake_attention_with_map,
     "topk_mask": _fake_topk_mask,
     "sync_topk_mask": _fake_sync_topk_mask,
+    "sync_scores_qk": _fake_sync_scores_qk,
+    "max_similarity": _fake_max_similarity,
 }

@@ -36,6 +36,22 @@ class Scoring(NamedTuple):
     cls_index: int
 
 
+class ScoringQK(NamedTuple):
+    """What the scores of `sync_topk_mask_qk` are computed from; see there."""
+
+    q: Tensor  # [L, B, H, T, D]
+    k: Tensor  # [L, B, H, S, D]
+    distance: Tensor | None  # [L, B, H, S], weights of the keys in the patch scores
+    key_valid: Tensor | None  # [B, S] bool
+    token_valid: Tensor | None  # [B, T] bool
+    patch_valid: Tensor | None  # [B, P] bool
+    scale: float
+    patch_score: str
+    token_score: str
+    skip_keys: int
+    cls_index: int
+
+
 class SyncRequest(NamedTuple):
     """The arguments of `sync_topk_mask`; see there."""
 

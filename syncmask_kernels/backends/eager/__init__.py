@@ -15,8 +15,11 @@ from syncmask_kernels.backends.kernel import Kernel
 KERNELS = {
     "head_average": Kernel(attention.head_average),
     "attention_map": Kernel(attention.attention_map),
+    "attention_with_map": Kernel(attention.attention_with_map),
     "topk_mask": Kernel(selection.topk_mask),
     "sync_topk_mask": Kernel(selection.sync_topk_mask),
+    "sync_scores_qk": Kernel(selection.sync_scores_qk),
+    "max_similarity": Kernel(selection.max_similarity),
     "token_valid": Kernel(masking.token_valid),
     "mask_tokens": Kernel(masking.mask_tokens),
     "mask_patches": Kernel(masking.mask_patches),

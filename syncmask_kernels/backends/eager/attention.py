@@ -32,3 +32,45 @@ def attention_map(
 ) -> Tensor:
     """q [L, B, H, T, D], k [L, B, H, S, D] -> the mean map [B, T, P]."""
     return head_average(softmax(attention_logits(q, k, key_valid, scale)), skip_keys)
+
+
+def attention_with_map(
+    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float, skip_keys: int
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, T, D], k [B, H, S, D], v [B, H, S, E] -> output [B, H, T, E], mean map [B, T, P]."""
+    weights = softmax(attention_logits(q, k, key_valid, scale))
+    output = (weights @ v.to(weights.dtype)).to(q.dtype)
+    return output, head_average(weights.unsqueeze(0), skip_keys)
+
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    key_valid: Tensor | None,
+    scale: float,
+    grad_map: Tensor,
+    grad_output: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k [L, B, H, ...] and v [1, B, H, S, E], of the map over all S keys and of the
+    output, for the backends without autograd. Holds the probabilities of one head at a time.
+    """
+    layers, _, heads, _, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad_q, grad_k = torch.empty_like(q), torch.empty_like(k)
+    grad_v = None if v is None else torch.empty_like(v)
+    for layer in range(layers):
+        for head in range(heads):
+            queries, keys = q[layer, :, head].to(wide), k[layer, :, head].to(wide)
+            logits = attention_logits(queries[:, None], keys[:, None], key_valid, scale)
+            weights = softmax(logits).squeeze(1)
+            grad_weights = grad_map / (layers * heads)
+            if v is not None and grad_output is not None and grad_v is not None:
+                grad = grad_output[:, head].to(wide)
+                grad_v[layer, :, head] = (weights.mT @ grad).to(v.dtype)
+                grad_weights = grad_weights + grad @ v[layer, :, head].to(wide).mT
+            inner = (weights * grad_weights).sum(dim=-1, keepdim=True)
+            grad_logits = weights * (grad_weights - inner) * scale
+            grad_q[layer, :, head] = (grad_logits @ keys).to(q.dtype)
+            grad_k[layer, :, head] = (grad_logits.mT @ queries).to(k.dtype)
+    return grad_q, grad_k, grad_v

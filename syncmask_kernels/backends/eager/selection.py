@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends.eager.attention import head_average
-from syncmask_kernels.backends.request import Count, Scoring, Selection, SyncRequest
+from syncmask_kernels.backends.eager.attention import attention_logits, head_average, softmax
+from syncmask_kernels.backends.request import Count, Scoring, ScoringQK, Selection, SyncRequest
 
 
 def order_keys(scores: Tensor, valid: Tensor | None, largest: bool) -> Tensor:
@@ -230,3 +230,58 @@ def sync_topk_mask(request: SyncRequest) -> Selection:
 def _with_noise(scores: Tensor, noise: Tensor | None) -> Tensor:
     scores = scores.detach()
     return scores if noise is None else scores + noise.to(scores.dtype)
+
+
+def sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
+    """`sync_scores` from queries and keys."""
+    logits = attention_logits(scoring.q, scoring.k, scoring.key_valid, scoring.scale)
+    attn, lse = softmax(logits), logits.logsumexp(dim=-1)
+    of_attn = Scoring(
+        attn,
+        lse,
+        scoring.token_valid,
+        scoring.patch_valid,
+        scoring.patch_score,
+        scoring.token_score,
+        scoring.skip_keys,
+        scoring.cls_index,
+    )
+    patch, token = sync_scores(of_attn)
+    if scoring.distance is not None:
+        weighted = attn * scoring.distance.unsqueeze(-2)
+        patch, _ = sync_scores(of_attn._replace(attn=weighted, token_score="max"))
+    return patch, token
+
+
+def max_similarity(
+    patches: Tensor, tokens: Tensor, token_valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """patches [B, P, D], tokens [B, T, D] -> the largest inner product [B, P] and its token's id.
+
+    A row without valid tokens has scores 0 and ids -1.
+    """
+    wide = torch.promote_types(patches.dtype, torch.float32)
+    if tokens.shape[1] == 0:
+        scores = patches.new_zeros(patches.shape[:2], dtype=wide)
+        return scores, torch.full(scores.shape, -1, device=scores.device)
+    similarity = patches.to(wide) @ tokens.to(wide).mT
+    if token_valid is None:
+        scores, ids = similarity.max(dim=-1)
+        return scores, ids
+    scores, ids = similarity.masked_fill(~token_valid[:, None], float("-inf")).max(dim=-1)
+    empty = ~token_valid.any(dim=-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0), ids.masked_fill(empty, -1)
+
+
+def max_similarity_backward(
+    patches: Tensor, tokens: Tensor, ids: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `max_similarity`, which go to each patch's best token alone."""
+    if tokens.shape[1] == 0:
+        return torch.zeros_like(patches), torch.zeros_like(tokens)
+    grad = grad.masked_fill(ids < 0, 0.0).unsqueeze(-1)
+    rows = ids.clamp(min=0).unsqueeze(-1).expand(patches.shape)
+    grad_patches = grad * tokens.to(grad.dtype).gather(1, rows)
+    grad_tokens = torch.zeros(tokens.shape, dtype=grad.dtype, device=grad.device)
+    grad_tokens.scatter_add_(1, rows, grad * patches.to(grad.dtype))
+    return grad_patches.to(patches.dtype), grad_tokens.to(tokens.dtype)
