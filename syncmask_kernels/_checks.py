@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -64,12 +65,30 @@ def mask(
         same_device(name, value, other_name, other)
 
 
+def number(name: str, value: float) -> None:
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def count(name: str, value: int) -> None:
+    integer(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
 def fraction(name: str, value: float) -> None:
+    number(name, value)
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def index(name: str, value: int, size: int, of: str) -> None:
+    integer(name, value)
     if not 0 <= value < max(size, 1):
         raise ValueError(f"{name} must be in [0, {of}) = [0, {size}), got {value}")
 

@@ -87,6 +87,7 @@ def stack_layers(name: str, attn: Tensor | Sequence[Tensor], layout: str) -> Ten
 
 
 def check_skip_keys(skip_keys: int, keys: int) -> None:
+    _checks.integer("skip_keys", skip_keys)
     if not 0 <= skip_keys <= keys:
         raise ValueError(f"skip_keys must be in [0, S] = [0, {keys}], got {skip_keys}")
 
@@ -149,6 +150,10 @@ def check_qk(
     _checks.same_device("k", keys, "q", queries)
     check_heads("q", queries)
     layers, batch, heads, _, dim = queries.shape
+    if dim == 0:
+        raise ValueError(f"q must have D of at least 1, got shape {tuple(queries.shape)}")
+    if scale is not None:
+        _checks.number("scale", scale)
     _checks.shape("k", keys, "[(L,) B, H, S, D]", (layers, batch, heads, keys.shape[3], dim))
     check_skip_keys(skip_keys, keys.shape[3])
     if key_valid is not None:

@@ -39,18 +39,6 @@ class SyncMask(NamedTuple):
     token_scores: Tensor
 
 
-def _check_scores(
-    name: str, scores: Tensor | None, layout: str, sizes: Sequence[int], attn: Tensor
-) -> Tensor | None:
-    """Scores or noise of the caller, in the type of scores."""
-    if scores is None:
-        return None
-    _checks.floating(name, scores)
-    _checks.shape(name, scores, layout, sizes)
-    _checks.same_device(name, scores, "attn", attn)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
-
-
 class _SyncTopkMask(torch.autograd.Function):
     """The forward of a backend without autograd, with the gradient of its scores."""
 
@@ -68,6 +56,59 @@ class _SyncTopkMask(torch.autograd.Function):
         scoring = Scoring(*ctx.saved_tensors, *ctx.options)
         attn, lse = eager.sync_scores_backward(scoring, *grads[4:])
         return None, None, None, attn, lse, None, None
+
+
+def _request(
+    scoring: Scoring,
+    name: str,
+    patch_ratio: float,
+    token_ratio: float,
+    patch_k: int | Tensor | None,
+    token_k: int | Tensor | None,
+    patch_scores: Tensor | None,
+    token_scores: Tensor | None,
+    patch_noise: Tensor | None,
+    token_noise: Tensor | None,
+    word_ids: Tensor | None,
+) -> SyncRequest:
+    """What `sync_topk_mask` and `sync_topk_mask_qk` check alike; `name` is that of the input."""
+    attn = scoring.attn
+    _, batch, _, tokens, keys = attn.shape
+    patches, rows = keys - scoring.skip_keys, (batch,)
+    _checks.choice("patch_score", scoring.patch_score, PATCH_SCORES)
+    _checks.choice("token_score", scoring.token_score, TOKEN_SCORES)
+    _checks.index("cls_index", scoring.cls_index, tokens, "T")
+    _checks.mask("token_valid", scoring.token_valid, "[B, T]", (batch, tokens), name, attn)
+    _checks.mask("patch_valid", scoring.patch_valid, "[B, P]", (batch, patches), name, attn)
+    if word_ids is not None:
+        _checks.dtype("word_ids", word_ids, torch.int64)
+        _checks.shape("word_ids", word_ids, "[B, T]", (batch, tokens))
+        _checks.same_device("word_ids", word_ids, name, attn)
+
+    def given(of: str, scores: Tensor | None, layout: str, size: int) -> Tensor | None:
+        """Scores or noise of the caller, in the type of scores."""
+        if scores is None:
+            return None
+        _checks.floating(of, scores)
+        _checks.shape(of, scores, layout, (batch, size))
+        _checks.same_device(of, scores, name, attn)
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    ratios = (
+        None if patch_k is not None else patch_ratio,
+        None if token_k is not None else token_ratio,
+    )
+    width = None if word_ids is None else tokens
+    return SyncRequest(
+        scoring,
+        count_of("patch_", patches, rows, attn.device, patch_k, ratios[0]),
+        count_of("token_", tokens, rows, attn.device, token_k, ratios[1], width),
+        given("patch_scores", patch_scores, "[B, P]", patches),
+        given("token_scores", token_scores, "[B, T]", tokens),
+        given("patch_noise", patch_noise, "[B, P]", patches),
+        given("token_noise", token_noise, "[B, T]", tokens),
+        word_ids,
+    )
 
 
 def _select(request: SyncRequest) -> SyncMask:
@@ -173,56 +214,26 @@ def sync_topk_mask(
     check_heads("attn", stacked)
     layers, batch, heads, tokens, keys = stacked.shape
     check_skip_keys(skip_keys, keys)
-    patches = keys - skip_keys
-    _checks.choice("patch_score", patch_score, PATCH_SCORES)
-    _checks.choice("token_score", token_score, TOKEN_SCORES)
-    _checks.index("cls_index", cls_index, tokens, "T")
-    _checks.mask("token_valid", token_valid, "[B, T]", (batch, tokens), "attn", stacked)
-    _checks.mask("patch_valid", patch_valid, "[B, P]", (batch, patches), "attn", stacked)
-    if word_ids is not None:
-        _checks.dtype("word_ids", word_ids, torch.int64)
-        _checks.shape("word_ids", word_ids, "[B, T]", (batch, tokens))
-        _checks.same_device("word_ids", word_ids, "attn", stacked)
     if lse is not None:
         lse = stack_layers("lse", lse, "B, H, T")
         _checks.floating("lse", lse)
         _checks.shape("lse", lse, "[(L,) B, H, T]", (layers, batch, heads, tokens))
         _checks.same_device("lse", lse, "attn", stacked)
-    patch_count = count_of(
-        "patch_",
-        patches,
-        (batch,),
-        stacked.device,
-        patch_k,
-        None if patch_k is not None else patch_ratio,
-    )
-    token_count = count_of(
-        "token_",
-        tokens,
-        (batch,),
-        stacked.device,
-        token_k,
-        None if token_k is not None else token_ratio,
-        None if word_ids is None else tokens,
+    scoring = Scoring(
+        stacked, lse, token_valid, patch_valid, patch_score, token_score, skip_keys, cls_index
     )
     return _select(
-        SyncRequest(
-            Scoring(
-                stacked,
-                lse,
-                token_valid,
-                patch_valid,
-                patch_score,
-                token_score,
-                skip_keys,
-                cls_index,
-            ),
-            patch_count,
-            token_count,
-            _check_scores("patch_scores", patch_scores, "[B, P]", (batch, patches), stacked),
-            _check_scores("token_scores", token_scores, "[B, T]", (batch, tokens), stacked),
-            _check_scores("patch_noise", patch_noise, "[B, P]", (batch, patches), stacked),
-            _check_scores("token_noise", token_noise, "[B, T]", (batch, tokens), stacked),
+        _request(
+            scoring,
+            "attn",
+            patch_ratio,
+            token_ratio,
+            patch_k,
+            token_k,
+            patch_scores,
+            token_scores,
+            patch_noise,
+            token_noise,
             word_ids,
         )
     )
@@ -244,14 +255,20 @@ def sync_topk_mask_qk(
     v: Tensor | Sequence[Tensor] | None = None,
     key_valid: Tensor | None = None,
     scale: float | None = None,
+    patch_ratio: float = 0.5,
+    token_ratio: float = 0.15,
+    patch_k: int | Tensor | None = None,
+    token_k: int | Tensor | None = None,
     patch_valid: Tensor | None = None,
+    word_ids: Tensor | None = None,
     patch_score: str = "mean",
     token_score: str = "max",
     patch_scores: Tensor | None = None,
     token_scores: Tensor | None = None,
+    patch_noise: Tensor | None = None,
+    token_noise: Tensor | None = None,
     skip_keys: int = 1,
     cls_index: int = 0,
-    **options: Any,
 ) -> SyncMask:
     """`sync_topk_mask` from queries and keys, whose logits make every rule exact.
 
@@ -259,13 +276,14 @@ def sync_topk_mask_qk(
         q: ``[B, H, T, D]`` text queries, a sequence of layers or ``[L, B, H, T, D]``.
         k: ``[B, H, S, D]`` image keys, likewise.
         token_valid: ``[B, T]`` bool, as in `sync_topk_mask`.
-        v: ``[B, H, S, D]`` values, likewise. With it a patch's score weights the attention of each
-            head by how far the patch's value lies from the mean value of the valid patches,
-            ``‖v_p - v̄‖`` (norm-based attention).
+        v: ``[B, H, S, E]`` values, likewise, of the type of `q`. With it a patch's score weights
+            the attention of each head by how far the patch's value lies from the mean value of the
+            valid patches, ``‖v_p - v̄‖`` (norm-based attention).
         key_valid: ``[B, S]`` bool, False for keys outside the softmax.
         scale: factor of the logits, default ``D ** -0.5``.
-        patch_valid, patch_score, token_score, patch_scores, token_scores, skip_keys, cls_index,
-            **options: as in `sync_topk_mask`, without `lse`.
+        patch_ratio, token_ratio, patch_k, token_k, patch_valid, word_ids, patch_score, token_score,
+            patch_scores, token_scores, patch_noise, token_noise, skip_keys, cls_index: as in
+            `sync_topk_mask`.
 
     Returns:
         SyncMask: as `sync_topk_mask`. Gradients flow from the scores to `q`, `k` and `v`.
@@ -286,27 +304,44 @@ def sync_topk_mask_qk(
     """
     queries, keys, factor = check_qk(q, k, key_valid, scale, skip_keys)
     _, batch, _, words, _ = queries.shape
-    patches = keys.shape[3] - skip_keys
-    _checks.choice("patch_score", patch_score, PATCH_SCORES)
-    _checks.choice("token_score", token_score, TOKEN_SCORES)
-    _checks.index("cls_index", cls_index, words, "T")
-    _checks.mask("token_valid", token_valid, "[B, T]", (batch, words), "q", queries)
-    _checks.mask("patch_valid", patch_valid, "[B, P]", (batch, patches), "q", queries)
-    if token_scores is None or patch_scores is None:
-        distance = None
-        if v is not None:
-            if patch_scores is not None:
-                raise ValueError("v and patch_scores exclude each other, got both")
-            values = stack_layers("v", v, "B, H, S, D")
-            _checks.floating("v", values)
-            _checks.shape("v", values, "[(L,) B, H, S, D]", (*keys.shape[:-1], values.shape[-1]))
-            _checks.same_device("v", values, "k", keys)
-            distance = eager.value_distance(values, patch_valid, skip_keys)
+    values = None
+    if v is not None:
+        if patch_scores is not None:
+            raise ValueError("v and patch_scores exclude each other, got both")
+        values = stack_layers("v", v, "B, H, S, E")
+        _checks.dtype("v", values, queries.dtype)
+        _checks.shape("v", values, "[(L,) B, H, S, E]", (*keys.shape[:-1], values.shape[-1]))
+        _checks.same_device("v", values, "q", queries)
+    # Both sides will have their scores: of attn only the shape counts.
+    attn = queries.new_empty(keys.shape[3]).expand(1, batch, 1, words, -1)
+    request = _request(
+        Scoring(
+            attn,
+            None,
+            token_valid,
+            patch_valid,
+            patch_score,
+            token_score,
+            skip_keys,
+            cls_index,
+        ),
+        "q",
+        patch_ratio,
+        token_ratio,
+        patch_k,
+        token_k,
+        patch_scores,
+        token_scores,
+        patch_noise,
+        token_noise,
+        word_ids,
+    )
+    if patch_scores is None or token_scores is None:
         patch, token = _scores_qk(
             ScoringQK(
                 queries,
                 keys,
-                distance,
+                None if values is None else eager.value_distance(values, patch_valid, skip_keys),
                 key_valid,
                 token_valid,
                 patch_valid,
@@ -317,16 +352,8 @@ def sync_topk_mask_qk(
                 cls_index,
             )
         )
-        patch_scores = patch if patch_scores is None else patch_scores
-        token_scores = token if token_scores is None else token_scores
-    # Both sides have their scores: of attn only the shape counts.
-    attn = queries.new_empty(1, 1, 1, patches).expand(batch, 1, words, patches)
-    return sync_topk_mask(
-        attn,
-        token_valid,
-        patch_valid=patch_valid,
-        patch_scores=patch_scores,
-        token_scores=token_scores,
-        skip_keys=0,
-        **options,
-    )
+        request = request._replace(
+            patch_scores=patch if patch_scores is None else request.patch_scores,
+            token_scores=token if token_scores is None else request.token_scores,
+        )
+    return _select(request)

@@ -99,8 +99,8 @@ def topk_mask(
     _checks.floating("scores", scores)
     if (k is None) == (ratio is None):
         raise ValueError(f"exactly one of k and ratio must be given, got k={k}, ratio={ratio}")
-    if width is not None and width < 0:
-        raise ValueError(f"width must be at least 0, got {width}")
+    if width is not None:
+        _checks.count("width", width)
     if valid is not None:
         _checks.dtype("valid", valid, torch.bool)
         _checks.shape("valid", valid, "the shape of scores", scores.shape)
@@ -153,6 +153,8 @@ def complement(topk: TopK, *, valid: Tensor | None = None, width: int | None = N
     if valid is not None:
         _checks.dtype("valid", valid, torch.bool)
         _checks.shape("valid", valid, "the shape of topk.mask", topk.mask.shape)
+    if width is not None:
+        _checks.count("width", width)
     kept = ~topk.mask if valid is None else ~topk.mask & valid
     width = max(positions - topk.ids.shape[-1], 0) if width is None else width
     listed = kept & (kept.cumsum(dim=-1) <= width)
@@ -239,9 +241,8 @@ def vote_keywords(
     """
     _checks.rank("attn_row", attn_row, "[B, H, T]")
     _checks.floating("attn_row", attn_row)
-    for name, count in (("votes", votes), ("keep", keep)):
-        if count < 0:
-            raise ValueError(f"{name} must be at least 0, got {count}")
+    _checks.count("votes", votes)
+    _checks.count("keep", keep)
     batch, heads, words = attn_row.shape
     _checks.mask("valid", valid, "[B, T]", (batch, words), "attn_row", attn_row)
     allowed = None if valid is None else valid.unsqueeze(1).expand(batch, heads, words)

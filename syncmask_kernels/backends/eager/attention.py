@@ -12,10 +12,18 @@ def head_average(attn: Tensor, skip_keys: int) -> Tensor:
     return attn[..., skip_keys:].mean(dim=(0, 2), dtype=wide)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the type of its arguments, under autocast too."""
+    if not torch.amp.is_autocast_available(a.device.type):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def attention_logits(q: Tensor, k: Tensor, key_valid: Tensor | None, scale: float) -> Tensor:
     """q [..., B, H, T, D], k [..., B, H, S, D] -> logits [..., B, H, T, S], at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+    logits = product(q.to(wide) * scale, k.to(wide).mT)
     if key_valid is not None:
         logits = logits.masked_fill(~key_valid[:, None, None, :], float("-inf"))
     return logits
@@ -39,7 +47,7 @@ def attention_with_map(
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, T, D], k [B, H, S, D], v [B, H, S, E] -> output [B, H, T, E], mean map [B, T, P]."""
     weights = softmax(attention_logits(q, k, key_valid, scale))
-    output = (weights @ v.to(weights.dtype)).to(q.dtype)
+    output = product(weights, v.to(weights.dtype)).to(q.dtype)
     return output, head_average(weights.unsqueeze(0), skip_keys)
 
 
@@ -67,10 +75,10 @@ def attention_backward(
             grad_weights = grad_map / (layers * heads)
             if v is not None and grad_output is not None and grad_v is not None:
                 grad = grad_output[:, head].to(wide)
-                grad_v[layer, :, head] = (weights.mT @ grad).to(v.dtype)
-                grad_weights = grad_weights + grad @ v[layer, :, head].to(wide).mT
+                grad_v[layer, :, head] = product(weights.mT, grad).to(v.dtype)
+                grad_weights = grad_weights + product(grad, v[layer, :, head].to(wide).mT)
             inner = (weights * grad_weights).sum(dim=-1, keepdim=True)
             grad_logits = weights * (grad_weights - inner) * scale
-            grad_q[layer, :, head] = (grad_logits @ keys).to(q.dtype)
-            grad_k[layer, :, head] = (grad_logits.mT @ queries).to(k.dtype)
+            grad_q[layer, :, head] = product(grad_logits, keys).to(q.dtype)
+            grad_k[layer, :, head] = product(grad_logits.mT, queries).to(k.dtype)
     return grad_q, grad_k, grad_v

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends.eager.attention import attention_logits, head_average, softmax
+from syncmask_kernels.backends.eager.attention import (
+    attention_logits,
+    head_average,
+    product,
+    softmax,
+)
 from syncmask_kernels.backends.request import Count, Scoring, ScoringQK, Selection, SyncRequest
 
 
@@ -100,9 +105,8 @@ def _column_share(attn: Tensor, lse: Tensor | None, valid: Tensor) -> tuple[Tens
     slope = valid[:, None, :, None].to(attn.dtype)
     if lse is not None:
         # A factor common to all words cancels, so the softmax of lse serves for its exponential.
-        excluded = ~valid[:, None, :]
-        lse = lse.to(attn.dtype).masked_fill(excluded, float("-inf"))
-        slope = lse.softmax(dim=-1).masked_fill(excluded, 0.0).unsqueeze(-1)
+        lse = lse.to(attn.dtype).masked_fill(~valid[:, None, :], float("-inf"))
+        slope = softmax(lse).unsqueeze(-1)
     weights = torch.where(slope == 0, 0.0, attn * slope)
     total = weights.sum(dim=-2, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)
@@ -123,7 +127,7 @@ def sync_scores(scoring: Scoring) -> tuple[Tensor, Tensor]:
     valid = _token_valid(scoring)
     mean = _patch_mean(scoring)
     if scoring.patch_score == "cls":
-        patch = mean[:, scoring.cls_index]
+        patch = mean[:, scoring.cls_index : scoring.cls_index + 1].sum(dim=1)  # T may be 0
     else:
         words = valid.sum(dim=-1, keepdim=True).clamp(min=1)
         patch = mean.masked_fill(~valid.unsqueeze(-1), 0.0).sum(dim=1) / words
@@ -155,7 +159,7 @@ def sync_scores_backward(
     patch_grad = patch_grad / (layers * heads)
     grad_mean = torch.zeros_like(mean)
     if scoring.patch_score == "cls":
-        grad_mean[:, scoring.cls_index] = patch_grad
+        grad_mean[:, scoring.cls_index : scoring.cls_index + 1] = patch_grad.unsqueeze(1)
     else:
         words = valid.sum(dim=-1, keepdim=True).clamp(min=1)
         grad_mean += (patch_grad / words).unsqueeze(1) * valid.unsqueeze(-1)
@@ -264,7 +268,7 @@ def max_similarity(
     if tokens.shape[1] == 0:
         scores = patches.new_zeros(patches.shape[:2], dtype=wide)
         return scores, torch.full(scores.shape, -1, device=scores.device)
-    similarity = patches.to(wide) @ tokens.to(wide).mT
+    similarity = product(patches.to(wide), tokens.to(wide).mT)
     if token_valid is None:
         scores, ids = similarity.max(dim=-1)
         return scores, ids
