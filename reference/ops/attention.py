@@ -38,3 +38,17 @@ def attention_map(
 ) -> Tensor:
     """q [B, H, T, D], k [B, H, S, D] -> [B, T, S - skip_keys]."""
     return head_average([attention(q, k, key_valid, scale)[0]], skip_keys)
+
+
+def attention_with_map(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_valid: Tensor | None = None,
+    scale: float | None = None,
+    skip_keys: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, T, D], k [B, H, S, D], v [B, H, S, E] -> [B, H, T, E], [B, T, S - skip_keys]."""
+    weights, _ = attention(q, k, key_valid, scale)
+    output = torch.einsum("bhts,bhse->bhte", weights, v)
+    return output, head_average([weights], skip_keys)

@@ -79,6 +79,31 @@ def ids_of(mask: Tensor, width: int) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64).reshape(mask.shape[0], width)
 
 
+def vote_keywords(attn_row: Tensor, votes: int, keep: int, valid: Tensor | None = None) -> Tensor:
+    """attn_row [B, H, T], valid [B, T] -> ids [B, keep]: each head votes, the most voted stay."""
+    batch, _, words = attn_row.shape
+    valid = torch.ones(batch, words, dtype=torch.bool) if valid is None else valid
+    kept = torch.zeros(batch, words, dtype=torch.bool)
+    for b in range(batch):
+        ballots = [0] * words
+        for head in attn_row[b].tolist():
+            for word in in_order(head, valid[b].tolist())[:votes]:
+                ballots[word] += 1
+        voted = [count > 0 for count in ballots]
+        kept[b, in_order([float(count) for count in ballots], voted)[:keep]] = True
+    return ids_of(kept, keep)
+
+
+def max_similarity(patches: Tensor, tokens: Tensor, token_valid: Tensor | None = None) -> Tensor:
+    """patches [B, P, D], tokens [B, T, D] -> [B, P]; 0 in a row without a valid token."""
+    scores = patches.new_zeros(patches.shape[:2])
+    for b in range(patches.shape[0]):
+        words = tokens[b] if token_valid is None else tokens[b][token_valid[b]]
+        if len(words) > 0:
+            scores[b] = torch.einsum("pd,td->pt", patches[b], words).max(dim=-1).values
+    return scores
+
+
 def patch_scores(
     layers: list[Tensor],
     token_valid: Tensor,
