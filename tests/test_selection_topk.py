@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,52 +12,28 @@ from torch import Tensor
 
 import syncmask_kernels as smk
 from reference.ops import selection as oracle
-from tests.compiling import assert_compiles_once
+from tests.selection_cases import INF, KINDS, NAN, SIZES, adversarial, assert_chosen, positions
 
-SIZES = [1, 2, 7, 8, 9, 49, 196, 197, 256, 257, 576, 577, 1024, 4096]
-INF, NAN = math.inf, math.nan
-
-
-def adversarial(rows: int, n: int, seed: int = 0) -> Tensor:
-    """Rows of heavy ties, quantised scores, NaN, infinities, denormals and both zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(rows, n, generator=generator)
-    kinds = [
-        lambda x: x,
-        lambda x: (x * 2).round() / 2,
-        lambda x: torch.where(x > 0.5, NAN, x),
-        lambda x: torch.where(x > 1, INF, torch.where(x < -1, -INF, x)),
-        lambda x: x * 1e-41,
-        lambda x: torch.where(x > 0, 0.0, -0.0),
-        lambda x: torch.full_like(x, NAN),
-        lambda x: torch.where(x > 0, NAN, -INF),
-        lambda x: x.bfloat16().float(),
-    ]
-    return torch.stack([kinds[i % len(kinds)](row) for i, row in enumerate(scores)])
+ROWS = len(KINDS)
 
 
-def check(scores: Tensor, valid: Tensor | None, largest: bool = True, **count: object) -> None:
-    chosen = smk.topk_mask(scores, valid=valid, largest=largest, **count)  # type: ignore[arg-type]
-    expected = oracle.topk_mask(scores, valid=valid, largest=largest, **count)  # type: ignore[arg-type]
-    assert torch.equal(chosen.mask, expected)
-    assert torch.equal(chosen.ids, oracle.ids_of(expected, chosen.ids.shape[1]))
+def check(scores: Tensor, valid: Tensor | None = None, **options: Any) -> None:
+    width = options.pop("width", None)
+    chosen = smk.topk_mask(scores, valid=valid, width=width, **options)
+    assert_chosen(chosen.mask, chosen.ids, scores, valid, **options)
     padded = torch.cat([scores.float(), torch.full((len(scores), 1), -INF)], dim=1)
-    torch.testing.assert_close(
-        chosen.scores,
-        padded.gather(1, chosen.ids % padded.shape[1]),
-        equal_nan=True,
-        rtol=0,
-        atol=0,
-    )
+    expected = padded.gather(1, chosen.ids % padded.shape[1])
+    torch.testing.assert_close(chosen.scores, expected, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("n", SIZES)
 def test_matches_sorting(backend: str, n: int) -> None:
-    scores = adversarial(9 if n < 4096 else 3, n)
-    valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    rows = 2 * ROWS if n < 1024 else ROWS
+    scores, valid = adversarial(rows, n), positions(rows, n)
     for k in {0, 1, n // 2, n - 1, n, n + 3}:
-        check(scores, None, k=k)
         check(scores, valid, k=k)
+    check(scores, k=n // 3)
+    check(scores, valid, k=n // 3, largest=False)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.07, 0.15, 1 / 3, 0.5, 0.75, 1.0])
@@ -65,13 +41,15 @@ def test_ratio_is_the_exact_ceiling_of_the_valid_positions(backend: str, ratio: 
     scores = adversarial(101, 100)
     valid = torch.arange(100) < torch.arange(101)[:, None]
     check(scores, valid, ratio=ratio)
+    check(scores, ratio=ratio, width=3)
     assert smk.topk_mask(scores, ratio=0.07).ids.shape[1] == 7
 
 
 def test_smallest_first_keeps_nan_last(backend: str) -> None:
-    scores = adversarial(18, 64)
-    check(scores, None, k=20, largest=False)
+    scores = adversarial(2 * ROWS, 64)
+    check(scores, k=20, largest=False)
     check(scores, scores < 0.3, k=20, largest=False)
+    check(scores, k=63, largest=False)
 
 
 @given(
@@ -97,22 +75,23 @@ def test_few_values(rows: list[list[float]], k: int, largest: bool, seed: int) -
         check(scores, valid, k=k, largest=largest)
 
 
-def test_flushing_denormals_to_zero_changes_nothing(backend: str) -> None:
-    scores = torch.tensor([[1e-40, 3e-40, -1e-40, 2e-40, 0.0]])
-    supported = torch.set_flush_denormal(True)
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("n", [5, 197, 1024])
+def test_flushing_denormals_to_zero_changes_nothing(backend: str, n: int, largest: bool) -> None:
+    scores, valid = adversarial(ROWS, n), positions(ROWS, n)
+    assert torch.set_flush_denormal(True)
     try:
-        assert supported
-        assert smk.topk_mask(scores, k=2).ids.tolist() == [[1, 3]]
-        assert smk.topk_mask(scores, k=2, largest=False).ids.tolist() == [[2, 4]]
+        chosen = smk.topk_mask(scores, k=n // 2, valid=valid, largest=largest)
     finally:
         torch.set_flush_denormal(False)
+    assert_chosen(chosen.mask, chosen.ids, scores, valid, k=n // 2, largest=largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_types(backend: str, dtype: torch.dtype) -> None:
-    scores = adversarial(9, 50).to(dtype)
+    scores = adversarial(ROWS, 197).to(dtype)
     assert smk.topk_mask(scores, k=9).scores.dtype == torch.float32
-    check(scores, None, k=9)
+    check(scores, positions(ROWS, 197), k=80)
 
 
 def test_float64_is_compared_in_full() -> None:
@@ -123,25 +102,26 @@ def test_float64_is_compared_in_full() -> None:
 
 
 def test_k_of_each_row_and_width(backend: str) -> None:
-    scores = adversarial(5, 12)
-    ks = torch.tensor([0, 3, 12, 40, -2])
-    chosen = smk.topk_mask(scores, k=ks, width=5)
-    expected = oracle.topk_mask(scores, k=[0, 3, 12, 12, 0])
-    assert torch.equal(chosen.mask, expected)
-    assert torch.equal(chosen.ids, oracle.ids_of(expected, 5))
-    assert smk.topk_mask(scores, k=ks).ids.shape == (5, 12)
+    scores = adversarial(8, 12)
+    ks = torch.tensor([0, 3, 12, 40, -2, 2**40, 5 - 2**32, 7])
+    for width in (None, 0, 5, 20):
+        check(scores, k=ks, width=width)
+        check(scores, positions(8, 12), k=ks, width=width)
+    assert smk.topk_mask(scores, k=ks).ids.shape == (8, 12)
 
 
 def test_a_row_is_chosen_alike_in_any_batch_and_layout(backend: str) -> None:
-    scores = adversarial(9, 257)
-    whole = smk.topk_mask(scores, k=100).mask
-    alone = torch.cat([smk.topk_mask(row[None], k=100).mask for row in scores])
+    scores, valid = adversarial(12, 257), positions(12, 257)
+    whole = smk.topk_mask(scores, k=100, valid=valid).mask
+    alone = [smk.topk_mask(scores[b], k=100, valid=valid[b]).mask for b in range(12)]
     strided = torch.stack([scores.t(), scores.t()], dim=-1)[..., 0].t()
     assert not strided.is_contiguous()
-    assert torch.equal(whole, alone)
-    assert torch.equal(whole, smk.topk_mask(strided, k=100).mask)
-    nested = smk.topk_mask(scores.reshape(3, 3, 257), k=100)
-    assert torch.equal(nested.mask.reshape(9, 257), whole)
+    assert torch.equal(whole, torch.stack(alone))
+    assert torch.equal(whole, smk.topk_mask(strided, k=100, valid=valid.t().clone().t()).mask)
+    nested = smk.topk_mask(scores.reshape(3, 4, 257), k=100, valid=valid.reshape(3, 4, 257))
+    assert torch.equal(nested.mask.reshape(12, 257), whole)
+    repeated = smk.topk_mask(scores[:1].expand(3, 257), k=100).mask
+    assert torch.equal(repeated, whole[:1].expand(3, 257))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4)])
@@ -159,26 +139,6 @@ def test_gradient_reaches_the_chosen_scores(backend: str) -> None:
     chosen.scores.masked_fill(chosen.ids < 0, 0.0).sum().backward()
     assert scores.grad is not None
     assert scores.grad.tolist() == [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]
-
-
-def test_compiles(backend: str) -> None:
-    def by_ratio(scores: Tensor, ks: Tensor) -> tuple[Tensor, ...]:
-        half = smk.topk_mask(scores, k=scores.shape[1] // 2)
-        return *half, *smk.topk_mask(scores, ratio=0.3), *smk.topk_mask(scores, k=ks, width=4)
-
-    calls = [(adversarial(b, n), torch.arange(b)) for b, n in [(9, 30), (5, 31), (7, 64)]]
-    assert_compiles_once(by_ratio, calls)
-
-
-def test_opcheck() -> None:
-    pytest.importorskip("syncmask_kernels.backends.cpu.selection")
-    op = torch.ops.syncmask.topk_mask.cpu
-    for scores in [torch.randn(3, 9), torch.randn(9, 3).t().bfloat16(), torch.randn(2, 0, 5)]:
-        valid = torch.rand(scores.shape) < 0.5
-        torch.library.opcheck(op, (scores, valid, None, 1, 3, 4, True))
-        torch.library.opcheck(
-            op, (scores, None, torch.ones(scores.shape[:-1], dtype=torch.int64), 0, 0, 2, False)
-        )
 
 
 def test_complement_is_what_mae_keeps(backend: str) -> None:
@@ -226,7 +186,9 @@ def test_complement_leaves_out_excluded_positions() -> None:
         ({"k": torch.ones(2)}, TypeError, "k must be of type int64, got float32"),
         ({"k": None, "ratio": 1.5}, ValueError, r"ratio must be in \[0, 1\], got 1.5"),
         ({"k": None, "ratio": NAN}, ValueError, r"ratio must be in \[0, 1\], got nan"),
+        ({"k": None, "ratio": "half"}, TypeError, "ratio must be a number, got str"),
         ({"width": -1}, ValueError, "width must be at least 0, got -1"),
+        ({"width": 1.5}, TypeError, "width must be an int, got float"),
         ({"valid": torch.ones(2, 3)}, TypeError, "valid must be of type bool, got float32"),
         (
             {"valid": torch.ones(3, dtype=torch.bool)},

@@ -265,10 +265,10 @@ def max_similarity(
     A row without valid tokens has scores 0 and ids -1.
     """
     wide = torch.promote_types(patches.dtype, torch.float32)
-    if tokens.shape[1] == 0:
-        scores = patches.new_zeros(patches.shape[:2], dtype=wide)
-        return scores, torch.full(scores.shape, -1, device=scores.device)
     similarity = product(patches.to(wide), tokens.to(wide).mT)
+    if tokens.shape[1] == 0:
+        scores = similarity.sum(dim=-1)
+        return scores, torch.full_like(scores, -1, dtype=torch.int64)
     if token_valid is None:
         scores, ids = similarity.max(dim=-1)
         return scores, ids
