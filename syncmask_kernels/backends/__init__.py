@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels._version import __version__
-from syncmask_kernels.backends import cpu, eager, triton
+from syncmask_kernels.backends import cpu, cuda, eager, triton
 
-BACKENDS: dict[str, Any] = {"triton": triton, "cpu": cpu, "eager": eager}
-AUTOMATIC = {"cuda": ("triton", "eager"), "cpu": ("cpu", "eager")}
+BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton, "cpu": cpu, "eager": eager}
+AUTOMATIC = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 
 
 class BackendError(RuntimeError):
@@ -42,7 +42,7 @@ def use_backend(backend: str) -> Iterator[None]:
     """Serve every operator by one backend inside the `with` block, in the whole process.
 
     Args:
-        backend: ``"eager"``, ``"cpu"`` or ``"triton"``.
+        backend: ``"eager"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Raises:
         ValueError: the name is unknown.

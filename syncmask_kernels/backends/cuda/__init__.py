@@ -1,0 +1,28 @@
+"""CUDA C++ for CUDA tensors, built where there is nvcc (`csrc/cuda`)."""
+
+from __future__ import annotations
+
+import torch
+
+from syncmask_kernels.backends import native
+from syncmask_kernels.backends.kernel import Kernel
+
+KERNELS: dict[str, Kernel] = {}
+_missing, _state = native.load("cuda")
+if _missing is None:
+    from syncmask_kernels.backends.cuda import selection
+
+    KERNELS["topk_mask"] = Kernel(selection.topk_mask, selection.refuses_topk_mask)
+    KERNELS["sync_topk_mask"] = Kernel(selection.sync_topk_mask, selection.refuses_sync_topk_mask)
+
+
+def unavailable(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"it serves CUDA tensors, not {device_type}"
+    return _missing
+
+
+def state() -> str:
+    if _missing is None and not torch.cuda.is_available():
+        return "no CUDA device"
+    return _state
