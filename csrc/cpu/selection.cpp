@@ -1,25 +1,20 @@
 // topk_mask and sync_topk_mask for CPU tensors: rows are independent, a thread takes a range of them.
 #include "syncmask/selection.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
+
+#include "tensors.h"
 
 // One row at a time, compiled for each instruction set.
 namespace syncmask::cpu {
 
 #define SYNCMASK_SCORE_ROW(T)                                                              \
   SYNCMASK_CLONES void score_row(const Attention<T>& attention, float* patch_scores,       \
-                                 float* token_scores, float* means, float* totals,         \
-                                 float* factors, float* shares) {                          \
-    score_mean(attention, patch_scores, token_scores, means);                              \
+                                 float* token_scores, int64_t* words, float* means,        \
+                                 float* totals, float* factors, float* shares) {           \
+    score_mean(attention, patch_scores, token_scores, words, means);                       \
     if (attention.rule != TokenRule::kMax) {                                               \
       score_shares(attention, token_scores, totals, factors, shares);                      \
     }                                                                                      \
@@ -50,38 +45,8 @@ SYNCMASK_CLONES void topk_words(const float* scores, const float* noise, const b
 
 namespace {
 
-using syncmask::Attention;
-using syncmask::Count;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// A contiguous view or copy that lives as long as the pointers into it.
-template <typename T>
-class Rows {
- public:
-  Rows(const MaybeTensor& tensor, int64_t columns) : columns_(columns) {
-    if (!tensor) return;
-    owner_ = torch::stable::contiguous(*tensor);
-    data_ = static_cast<const T*>(owner_->const_data_ptr());
-  }
-  const T* data() const { return data_; }
-  const T* row(int64_t index) const { return data_ ? data_ + index * columns_ : nullptr; }
-
- private:
-  MaybeTensor owner_;
-  const T* data_ = nullptr;
-  int64_t columns_;
-};
-
-MaybeTensor as_float(const MaybeTensor& tensor) {
-  if (!tensor || tensor->scalar_type() == ScalarType::Float) return tensor;
-  return torch::stable::to(*tensor, ScalarType::Float);
-}
-
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
+using namespace syncmask;
+using namespace syncmask::cpu;
 
 // One side of a selection: its scores and what it takes to choose among them.
 struct Side {
@@ -144,13 +109,13 @@ void sync_rows(const Tensor& attn, const Rows<float>& lse, const Rule& rule, con
     std::vector<const T*> planes(layers * heads);
     std::vector<float> lse_row(lse.data() ? planes.size() * token.positions : 0);
     const bool shared = rule.token_rule != 0 && token.given.data() == nullptr;
-    std::vector<float> means(syncmask::kTokens * patch.positions);
+    std::vector<int64_t> read(token.positions);
+    std::vector<float> means(token.positions * patch.positions);
     std::vector<float> totals(shared ? patch.positions : 0), factors(shared ? token.positions : 0);
     std::vector<float> shares(totals.size() * factors.size());
     for (int64_t b = begin; b < end; ++b) {
       float* patch_scores = patch.scores_of(b);
       float* token_scores = token.scores_of(b);
-      std::fill_n(patch_scores, patch.positions, 0.0f);
       if (scored) {
         for (int64_t l = 0; l < layers; ++l) {
           for (int64_t h = 0; h < heads; ++h) {
@@ -163,9 +128,7 @@ void sync_rows(const Tensor& attn, const Rows<float>& lse, const Rule& rule, con
           }
         }
         const auto wanted = static_cast<syncmask::TokenRule>(shared ? rule.token_rule : 0);
-        const Attention<T> attention{planes.data(),
-                                     layers * heads,
-                                     attn.stride(3),
+        const Attention<T> attention{{planes.data(), layers * heads, attn.stride(3)},
                                      token.positions,
                                      patch.positions,
                                      lse_row.empty() ? nullptr : lse_row.data(),
@@ -173,8 +136,8 @@ void sync_rows(const Tensor& attn, const Rows<float>& lse, const Rule& rule, con
                                      patch.valid.row(b),
                                      rule.cls_row,
                                      wanted};
-        syncmask::cpu::score_row(attention, patch_scores, token_scores, means.data(),
-                                 totals.data(), factors.data(), shares.data());
+        syncmask::cpu::score_row(attention, patch_scores, token_scores, read.data(),
+                                 means.data(), totals.data(), factors.data(), shares.data());
       }
       if (patch.given.data()) std::copy_n(patch.given.row(b), patch.positions, patch_scores);
       if (token.given.data()) std::copy_n(token.given.row(b), token.positions, token_scores);

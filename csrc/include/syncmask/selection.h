@@ -5,21 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "syncmask/count.h"
+#include "syncmask/heads.h"
 #include "syncmask/vector.h"
 
 namespace syncmask {
-
-// How many positions a row selects; see Count in backends/request.py.
-struct Count {
-  const int64_t* k;  // of the rows, or null
-  int64_t num, den, width;
-
-  SYNCMASK_INLINE int64_t of(int64_t row, int64_t available) const {
-    if (den != 0) return (available * num + den - 1) / den;
-    const int64_t wanted = k ? k[row] : num;
-    return wanted < 0 ? 0 : wanted < available ? wanted : available;
-  }
-};
 
 constexpr int32_t kExcluded = INT32_MIN;
 
@@ -129,12 +119,12 @@ SYNCMASK_INLINE void mark_words(int32_t* keys, const int64_t* word_ids, int64_t 
 
 enum class TokenRule : int64_t { kMax = 0, kTextSoftmax = 1, kDual = 2 };
 
-// Attention of one example: `planes` = layers * heads maps of [tokens, patches].
+// What the scores of one example are computed from.
 template <typename T>
 struct Attention {
-  const T* const* planes;  // the first patch of the first token of each
-  int64_t count, token_stride, tokens, patches;
-  const float* lse;         // [count, tokens] or null
+  Planes<T> planes;
+  int64_t tokens, patches;
+  const float* lse;         // [planes, tokens] or null
   const bool* token_valid;  // or null
   const bool* patch_valid;  // or null
   int64_t cls_row;          // or -1: the patch score is the mean over valid words
@@ -145,25 +135,11 @@ struct Attention {
   }
 };
 
-// sums[i] += row[i], a whole row at a time: the processor's prefetchers follow a few long runs
-// better than many short ones.
-template <typename T>
-SYNCMASK_INLINE void add_row(const T* row, int64_t patches, float* sums) {
-  int64_t p = 0;
-  for (; p + kLanes <= patches; p += kLanes) {
-    Floats value, sum;
-    widen(row + p, value);
-    widen(sums + p, sum);
-    store(sum + value, sums + p);
-  }
-  for (; p < patches; ++p) sums[p] += widen(row[p]);
-}
-
 // Turns sums over planes into head means, 0 at excluded patches; returns the largest, NaN where
 // there is one.
 template <typename T>
 SYNCMASK_INLINE float finish_means(const Attention<T>& a, float* means) {
-  const float planes = static_cast<float>(a.count);
+  const float planes = static_cast<float>(a.planes.count);
   if (a.patch_valid) {
     for (int64_t p = 0; p < a.patches; ++p) means[p] = a.patch_valid[p] ? means[p] : 0.0f;
   }
@@ -181,39 +157,28 @@ SYNCMASK_INLINE float finish_means(const Attention<T>& a, float* means) {
   return best;
 }
 
-constexpr int kTokens = 4;  // words whose means are summed side by side
-
-// patch_scores (zero at the start) becomes the mean over valid words of the head mean, or its CLS
-// row; token_scores its maximum over patches where the rule is kMax. Reads the row of a valid word
-// once, and no other row but that of the CLS. `means` holds kTokens rows of patches.
+// patch_scores becomes the mean over valid words of the head mean, or its CLS row; token_scores its
+// maximum over patches where the rule is kMax. Reads the row of a valid word once, and no other row
+// but that of the CLS. Of the rows below `words` holds a number a word, `means` a float a word and
+// patch.
 template <typename T>
 SYNCMASK_INLINE void score_mean(const Attention<T>& a, float* patch_scores, float* token_scores,
-                                float* means) {
+                                int64_t* words, float* means) {
   const bool by_max = a.rule == TokenRule::kMax && a.patches > 0;
-  int64_t summed = 0;
-  for (int64_t begin = 0; begin < a.tokens;) {
-    int64_t tokens[kTokens], next = begin;
-    int block = 0;
-    for (; next < a.tokens && block < kTokens; ++next) {
-      const bool read = (a.counts(next) && (by_max || a.cls_row < 0)) || next == a.cls_row;
-      token_scores[next] = 0.0f;
-      if (read) tokens[block++] = next;
-    }
-    std::memset(means, 0, block * a.patches * sizeof(float));
-    for (int64_t plane = 0; plane < a.count; ++plane) {
-      for (int i = 0; i < block; ++i) {
-        add_row(a.planes[plane] + tokens[i] * a.token_stride, a.patches, means + i * a.patches);
-      }
-    }
-    for (int i = 0; i < block; ++i) {
-      float* row = means + i * a.patches;
-      const float best = finish_means(a, row);
-      if (by_max && a.counts(tokens[i])) token_scores[tokens[i]] = best;
-      if (a.cls_row >= 0 && tokens[i] != a.cls_row) continue;
-      add_row(row, a.patches, patch_scores);
-      ++summed;
-    }
-    begin = next;
+  int64_t read = 0, summed = 0;
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    token_scores[t] = 0.0f;
+    if ((a.counts(t) && (by_max || a.cls_row < 0)) || t == a.cls_row) words[read++] = t;
+  }
+  sum_planes(a.planes, words, read, a.patches, means);
+  std::memset(patch_scores, 0, a.patches * sizeof(float));
+  for (int64_t i = 0; i < read; ++i) {
+    float* row = means + i * a.patches;
+    const float best = finish_means(a, row);
+    if (by_max && a.counts(words[i])) token_scores[words[i]] = best;
+    if (a.cls_row >= 0 && words[i] != a.cls_row) continue;
+    for (int64_t p = 0; p < a.patches; ++p) patch_scores[p] += row[p];
+    ++summed;
   }
   if (summed < 2) return;
   for (int64_t p = 0; p < a.patches; ++p) patch_scores[p] /= static_cast<float>(summed);
@@ -242,18 +207,18 @@ SYNCMASK_INLINE void score_shares(const Attention<T>& a, float* token_scores, fl
                                   float* factors, float* shares) {
   const bool dual = a.rule == TokenRule::kDual;
   std::memset(shares, 0, a.tokens * a.patches * sizeof(float));
-  for (int64_t plane = 0; plane < a.count; ++plane) {
+  for (int64_t plane = 0; plane < a.planes.count; ++plane) {
     word_factors(a, plane, factors);
     std::memset(totals, 0, a.patches * sizeof(float));
     for (int64_t t = 0; t < a.tokens; ++t) {
-      const T* row = a.planes[plane] + t * a.token_stride;
+      const T* row = a.planes.first[plane] + t * a.planes.row;
       if (factors[t] == 0.0f) continue;
       for (int64_t p = 0; p < a.patches; ++p) totals[p] += widen(row[p]) * factors[t];
     }
     // A patch that no word looks at is shared by none.
     for (int64_t p = 0; p < a.patches; ++p) totals[p] = totals[p] == 0.0f ? 1.0f : totals[p];
     for (int64_t t = 0; t < a.tokens; ++t) {
-      const T* row = a.planes[plane] + t * a.token_stride;
+      const T* row = a.planes.first[plane] + t * a.planes.row;
       float* sums = shares + t * a.patches;
       if (factors[t] == 0.0f) continue;
       for (int64_t p = 0; p < a.patches; ++p) {

@@ -61,7 +61,62 @@ SYNCMASK_INLINE void widen(const T* from, Floats& to) {
 
 SYNCMASK_INLINE void widen(const float* from, Floats& to) { std::memcpy(&to, from, sizeof to); }
 
+// Floats as stored values, rounded to the nearest, ties to even.
+SYNCMASK_INLINE void narrow(float value, float* to) { *to = value; }
+
+SYNCMASK_INLINE void narrow(float value, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = value != value ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1);
+  to->bits = static_cast<uint16_t>(bits >> 16);
+}
+
+SYNCMASK_INLINE void narrow(float value, Half* to) {
+  const float magnitude = std::fabs(value);
+  uint32_t bits, sign;
+  // Adding this aligns the last place of a half, so that the processor rounds there.
+  float aligned = magnitude * 0x1p-112f, anchor;
+  std::memcpy(&sign, &value, sizeof sign);
+  std::memcpy(&bits, &aligned, sizeof bits);
+  if (magnitude >= 0x1p-14f) {
+    bits += 0xfffu + (bits >> 13 & 1);
+    bits = bits >> 13 > 0x7c00u ? 0x7c00u << 13 : bits;
+    to->bits = static_cast<uint16_t>(bits >> 13);
+  } else {
+    anchor = magnitude + 0.5f;
+    std::memcpy(&bits, &anchor, sizeof bits);
+    to->bits = static_cast<uint16_t>(bits - 0x3f000000u);
+  }
+  if (value != value) to->bits = 0x7e00u;
+  to->bits |= static_cast<uint16_t>(sign >> 16 & 0x8000u);
+}
+
 SYNCMASK_INLINE void store(const Floats& from, float* to) { std::memcpy(to, &from, sizeof from); }
+
+template <typename T>
+SYNCMASK_INLINE void store(const Floats& from, T* to) {
+  for (int lane = 0; lane < kLanes; ++lane) narrow(from[lane], to + lane);
+}
+
+// e to the power of each lane within 2 units of the last place; 0 below the normal numbers.
+SYNCMASK_INLINE void exponential(const Floats& x, Floats& result) {
+  constexpr float kToInteger = 0x1.8p23f;  // added, it leaves the rounded value in the low bits
+  const Floats scaled = x * 1.44269504f + kToInteger;
+  const Floats whole = scaled - kToInteger;
+  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats power = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  power = power * rest + 8.3334519073e-3f;
+  power = power * rest + 4.1665795894e-2f;
+  power = power * rest + 1.6666665459e-1f;
+  power = power * rest + 5.0000001201e-1f;
+  power = power * rest * rest + rest + 1.0f;
+  Ints exponent;
+  std::memcpy(&exponent, &scaled, sizeof exponent);
+  exponent = (exponent + 127) << 23;
+  Floats scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  result = x < -87.0f ? Floats{} : power * scale;
+}
 
 // Lane by lane, which also rounds less than one long sum.
 SYNCMASK_INLINE float sum(const float* values, int64_t n) {
@@ -91,9 +146,13 @@ struct Maximum {
     best = value > best ? value : best;
   }
 
+  SYNCMASK_INLINE void lanes(Floats& tops) const { tops = nan ? Floats{} + NAN : best; }
+
   SYNCMASK_INLINE float value() const {
+    Floats tops;
+    lanes(tops);
     float top = -INFINITY;
-    for (int lane = 0; lane < kLanes; ++lane) top = larger(top, nan[lane] ? NAN : best[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) top = larger(top, tops[lane]);
     return top;
   }
 };

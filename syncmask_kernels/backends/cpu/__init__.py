@@ -8,10 +8,15 @@ from syncmask_kernels.backends.kernel import Kernel
 KERNELS: dict[str, Kernel] = {}
 _missing, _state = native.load("cpu")
 if _missing is None:
-    from syncmask_kernels.backends.cpu import selection
+    from syncmask_kernels.backends.cpu import attention, selection
 
+    KERNELS["head_average"] = Kernel(attention.head_average, attention.refuses)
+    KERNELS["attention_map"] = Kernel(attention.attention_map, attention.refuses)
+    KERNELS["attention_with_map"] = Kernel(attention.attention_with_map, attention.refuses)
     KERNELS["topk_mask"] = Kernel(selection.topk_mask, selection.refuses_topk_mask)
     KERNELS["sync_topk_mask"] = Kernel(selection.sync_topk_mask, selection.refuses_sync_topk_mask)
+    KERNELS["sync_scores_qk"] = Kernel(selection.sync_scores_qk, selection.refuses_sync_scores_qk)
+    KERNELS["max_similarity"] = Kernel(selection.max_similarity, selection.refuses_topk_mask)
 
 
 def unavailable(device_type: str) -> str | None:

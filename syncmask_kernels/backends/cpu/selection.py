@@ -1,33 +1,29 @@
-"""Calls of the C++ selection kernels (`csrc/cpu/selection.cpp`)."""
+"""Calls of the C++ selection kernels (`csrc/cpu/selection.cpp`, `selection_qk.cpp`)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends import overloads
-from syncmask_kernels.backends.request import Count, Selection, SyncRequest
+from syncmask_kernels.backends import native_selection, overloads
+from syncmask_kernels.backends.request import ScoringQK
 
-_topk_mask = overloads.define("topk_mask", "cpu")
-_sync_topk_mask = overloads.define("sync_topk_mask", "cpu")
-
-
-def refuses_topk_mask(scores: Tensor) -> str | None:
-    return "float64 is served by eager only" if scores.dtype == torch.float64 else None
-
-
-def topk_mask(
-    scores: Tensor, valid: Tensor | None, count: Count, largest: bool
-) -> tuple[Tensor, Tensor]:
-    return _topk_mask(scores, valid, *count, largest)
+_selection = native_selection.NativeSelection("cpu")
+topk_mask = _selection.topk_mask
+sync_topk_mask = _selection.sync_topk_mask
+refuses_topk_mask = native_selection.refuses_topk_mask
+refuses_sync_topk_mask = native_selection.refuses_sync_topk_mask
+max_similarity = overloads.define("max_similarity", "cpu")
+_sync_scores_qk = overloads.define("sync_scores_qk", "cpu")
 
 
-def refuses_sync_topk_mask(request: SyncRequest) -> str | None:
-    floats = (request.scoring.attn, request.scoring.lse, *request[3:7])
+def refuses_sync_scores_qk(scoring: ScoringQK) -> str | None:
+    floats = (scoring.q, scoring.distance)
     if any(t is not None and t.dtype == torch.float64 for t in floats):
         return "float64 is served by eager only"
     return None
 
 
-def sync_topk_mask(request: SyncRequest) -> Selection:
-    return Selection(*_sync_topk_mask(*overloads.sync_arguments(request)))
+def sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
+    patch, token = _sync_scores_qk(*overloads.scoring_qk_arguments(scoring))
+    return patch, token
