@@ -17,8 +17,8 @@ from tests.gpu_on_cpu import build
 pytest.importorskip("triton")
 if backend.INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-if build.missing():
-    pytest.skip(build.missing(), allow_module_level=True)
+if missing := build.missing():
+    pytest.skip(missing, allow_module_level=True)
 
 from tests.gpu_on_cpu.triton_launch import triton_on_cpu
 
@@ -58,14 +58,14 @@ def sync(*shape: int, dtype: torch.dtype = torch.float32, **options: Any) -> Cal
     }
 
 
-def noise(batch: int, words: int, patches: int) -> dict[str, Tensor]:
+def noise(batch: int, words: int, patches: int) -> dict[str, Any]:
     return {
         "patch_noise": torch.randn(batch, patches, generator=seeded(3)),
         "token_noise": torch.randn(batch, words, generator=seeded(4)),
     }
 
 
-def own_scores(batch: int, words: int, patches: int) -> dict[str, Tensor]:
+def own_scores(batch: int, words: int, patches: int) -> dict[str, Any]:
     return {
         "patch_scores": torch.randn(batch, patches, generator=seeded(5)),
         "token_scores": torch.randn(batch, words, generator=seeded(6)),

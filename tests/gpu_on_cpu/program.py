@@ -7,6 +7,8 @@ import functools
 import re
 import struct
 from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -58,12 +60,13 @@ class Program:
     def explained(self, failure: str) -> str:
         """The failure with the PTX of the line that it names, and the source of that."""
         lines = self.ptx.splitlines()
+        files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', self.ptx))
         for number in dict.fromkeys(map(int, re.findall(r"\bline (\d+)", failure))):
             failure += f"\n  {number}: {lines[number - 1].strip()}"
-            for before in reversed(lines[:number]):
-                if found := re.match(r"\s*\.loc.*//\s*(\S+)", before):
-                    failure += f"  ({found[1]})"
-                    break
+            places = re.findall(r"\.loc\s+(\d+)\s+(\d+)", "\n".join(lines[:number]))
+            if places:
+                file, line = places[-1]
+                failure += f"  ({Path(files[file]).name}:{line})"
         return failure
 
     def run(
@@ -75,13 +78,11 @@ class Program:
         seed: int = 0,
     ) -> Traffic:
         """Run the grid; arguments in the order of the parameters, tensors by their address."""
-        parameters = bytearray(sum(p.size + 16 for p in self.kernel.parameters))
-        for parameter, value in zip(self.kernel.parameters, arguments.values(), strict=False):
-            parameters[parameter.offset : parameter.offset + parameter.size] = _packed(
-                value, parameter.size
-            )
+        # Parameters beyond the arguments are Triton's scratch memory, of which none is asked for.
+        values = chain(arguments.values(), repeat(0))
+        packed = [_packed(next(values), parameter.size) for parameter in self.kernel.parameters]
         tensors = [(n, _extent(t)) for n, t in arguments.items() if isinstance(t, Tensor)]
-        ranges = (_Range * len(tensors))(*((n.encode(), *extent) for n, extent in tensors))
+        ranges = [_Range(name.encode(), *extent) for name, extent in tensors]
         size = (ctypes.c_uint * 6)(*grid, *[1] * (3 - len(grid)), threads, 1, 1)
         counted = (ctypes.c_uint64 * 4)()
         library().gpu_seed(ctypes.c_uint64(seed))
@@ -89,8 +90,8 @@ class Program:
             ctypes.c_void_p(self.handle),
             size,
             ctypes.c_size_t(shared),
-            bytes(parameters),
-            ranges,
+            (ctypes.c_char_p * len(packed))(*packed),
+            (_Range * len(ranges))(*ranges),
             ctypes.c_size_t(len(ranges)),
             counted,
         )

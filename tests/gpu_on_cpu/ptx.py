@@ -105,7 +105,7 @@ def _parameters(text: str) -> list[Parameter]:
         found = pattern.match(declared)
         if found is None:
             raise PtxError(f"not a parameter: {declared}")
-        name, count = re.search(r"([\w$]+)(?:\[(\d+)\])?$", found[3].strip()).groups()
+        name, _, count = found[3].split()[-1].rstrip("]").partition("[")
         size = SIZES[found[2]] * int(count or 1)
         align = int(found[1] or SIZES[found[2]])
         offset = -(-offset // align) * align
@@ -156,7 +156,7 @@ class _Translation:
         self.registers: set[str] = set()
         self.shared_addresses: dict[str, int] = {}
         self.local_addresses: dict[str, int] = {}
-        self.parameters = {p.name: p.offset for p in parameters}
+        self.parameters = {parameter.name: parameter for parameter in parameters}
         self.shared_bytes = self.local_bytes = 0
         self.dynamic = [name for name, size, _ in shared if size == 0]
         for variable in shared:
@@ -168,6 +168,7 @@ class _Translation:
             self.shared_bytes = -(-self.shared_bytes // 16) * 16
             self.constants[self.slot(name)] = str(self.shared_bytes)
         header = [f"local {self.local_bytes}", f"shared {self.shared_bytes}"]
+        header += [f"parameter {offset} {size}" for _, offset, size in self.parameters.values()]
         header += [f"constant {slot} {value}" for slot, value in self.constants.items()]
         header += [f"special {self.slots[name]} {what}" for name, what in self.specials.items()]
         code = []
@@ -256,7 +257,7 @@ class _Translation:
         base, _, offset = operand.strip("[]").replace(" ", "").partition("+")
         shift = int(offset or "0", 0)
         if base in self.parameters:
-            return "%param", self.parameters[base] + shift
+            return "%param", self.parameters[base].offset + shift
         if base in self.local_addresses:
             return "%local", self.local_addresses[base] + shift
         return base, shift

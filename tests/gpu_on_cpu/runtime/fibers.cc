@@ -1,4 +1,5 @@
-// Built without sanitizers, which are told of every switch instead. GPU_ASAN or GPU_TSAN says which.
+// Built without sanitizers, which are told of every switch instead. GPU_ASAN or GPU_TSAN says
+// which.
 #include "fibers.h"
 
 #include <sys/mman.h>
@@ -187,9 +188,9 @@ void fiber_main() {
 
 // The next switch to the fiber calls fiber_main.
 void rewind(Fiber& fiber) {
-  void** top = reinterpret_cast<void**>(const_cast<char*>(
-                   static_cast<const char*>(fiber.context.stack))) +
-               kStack / sizeof(void*);
+  void** top =
+      reinterpret_cast<void**>(const_cast<char*>(static_cast<const char*>(fiber.context.stack))) +
+      kStack / sizeof(void*);
   *--top = nullptr;  // where fiber_main would return to
   *--top = reinterpret_cast<void*>(&fiber_main);
   for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
@@ -285,8 +286,8 @@ void fail(const char* format, ...) {
   if (!thread) throw Failure(text);
   const Index &b = block->index, &t = thread->index;
   char place[256];
-  snprintf(place, sizeof place, "%s, block (%u, %u, %u), thread (%u, %u, %u): ",
-           block->grid.kernel, b.x, b.y, b.z, t.x, t.y, t.z);
+  snprintf(place, sizeof place, "%s, block (%u, %u, %u), thread (%u, %u, %u): ", block->grid.kernel,
+           b.x, b.y, b.z, t.x, t.y, t.z);
   scheduler.failure = std::string(place) + text;
   go_to_main(true);
   abort();  // nothing comes back to a thread that failed
@@ -443,9 +444,8 @@ uint32_t reduce(Fold fold, uint32_t value, uint32_t mask, int site) {
     const auto of = [&](int lane) { return static_cast<Folded*>(arguments[lane]); };
     const int first = __builtin_ctz(lanes);
     uint32_t result = of(first)->value;
-    for_lanes(lanes & (lanes - 1), [&](int lane) {
-      result = of(first)->fold(result, of(lane)->value);
-    });
+    for_lanes(lanes & (lanes - 1),
+              [&](int lane) { result = of(first)->fold(result, of(lane)->value); });
     for_lanes(lanes, [&](int lane) { of(lane)->result = result; });
   };
   meet(mask, site, fold_all, &own);

@@ -1,5 +1,5 @@
-// Runs a grid on the CPU. Every GPU thread is a fiber; whenever one waits, at a barrier or for lanes
-// of its warp, the next one is drawn at random from those that can go on.
+// Runs a grid on the CPU. Every GPU thread is a fiber; whenever one waits, at a barrier or for
+// lanes of its warp, the next one is drawn at random from those that can go on.
 #pragma once
 
 #include <cstddef>
@@ -65,7 +65,8 @@ uint32_t match_any(uint64_t value, uint32_t mask, int site);
 using Fold = uint32_t (*)(uint32_t, uint32_t);
 uint32_t reduce(Fold fold, uint32_t value, uint32_t mask, int site);
 
-// Memory of a static shared variable of this block, filled with 0xFF: NaN, and the largest integers.
+// Memory of a static shared variable of this block, filled with 0xFF: NaN, and the largest
+// integers.
 char* shared_variable(const void* identity, size_t bytes);
 
 extern uint64_t seed;  // of the order in which threads and blocks run

@@ -53,7 +53,7 @@ struct Half {
   }
   operator double() const {
     const int exponent = word >> 10 & 31, steps = word & 0x3FF;
-    double size = exponent == 0    ? std::ldexp(steps, -24)
+    double size = exponent == 0   ? std::ldexp(steps, -24)
                   : exponent < 31 ? std::ldexp(steps + 1024, exponent - 25)
                   : steps == 0    ? INFINITY
                                   : NAN;

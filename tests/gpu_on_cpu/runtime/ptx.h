@@ -19,10 +19,10 @@ using Operation = void (*)(Machine&, const Instruction&);
 
 struct Instruction {
   Operation operation;
-  int line;            // of the PTX
-  int guard;           // 0, or 1 + the slot of a predicate, negative where it must be false
-  int64_t immediate;   // an offset of an address, or the instruction that a branch goes to
-  const int* slots;    // destinations, then sources
+  int line;           // of the PTX
+  int guard;          // 0, or 1 + the slot of a predicate, negative where it must be false
+  int64_t immediate;  // an offset of an address, or the instruction that a branch goes to
+  const int* slots;   // destinations, then sources
 };
 
 // A cp.async that has not happened yet.
@@ -36,7 +36,7 @@ struct Copy {
 struct Machine {
   uint64_t* slots;
   Memory* memory;
-  size_t next = 0;  // instruction
+  size_t next = 0;                          // instruction
   std::deque<std::vector<Copy>> copies{1};  // committed groups, then the open one
 
   template <class T>
@@ -65,14 +65,19 @@ class Program {
   Program(const Program&) = delete;
 
   Traffic run(const Index& blocks, const Index& threads, size_t dynamic_shared,
-              const char* parameters, std::vector<Range> ranges) const;
+              const void* const* arguments, std::vector<Range> ranges) const;
 
  private:
+  struct Parameter {
+    size_t offset, size;
+  };
   void add(const std::string& line);
+  std::vector<uint64_t> packed(const void* const* arguments) const;
 
   std::string kernel_;
   std::vector<Instruction> instructions_;
   std::deque<std::vector<int>> operands_;
+  std::vector<Parameter> parameters_;
   std::vector<std::pair<int, uint64_t>> constants_;
   std::vector<std::pair<int, std::string>> specials_;
   size_t slots_ = 0, local_bytes_ = 0, shared_bytes_ = 0;

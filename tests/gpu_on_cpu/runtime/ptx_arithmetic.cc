@@ -1,9 +1,12 @@
-// Integers, floating-point numbers and bits. Approximate instructions are as exact as the C library.
+// Integers, floating-point numbers and bits. Approximate instructions are as exact as the C
+// library.
 #include <algorithm>
 #include <bit>
+#include <cfenv>
 #include <cmath>
 #include <concepts>
 #include <limits>
+#include <string_view>
 #include <type_traits>
 
 #include "halves.h"
@@ -62,82 +65,105 @@ T or_nan(T result, T a, T b) {
 }
 
 template <class T>
-void define_real(Operations& all, const std::string& type) {
-  define(all, "add" + type, [](T a, T b) { return map([](auto x, auto y) { return x + y; }, a, b); });
-  define(all, "sub" + type, [](T a, T b) { return map([](auto x, auto y) { return x - y; }, a, b); });
-  define(all, "mul" + type, [](T a, T b) { return map([](auto x, auto y) { return x * y; }, a, b); });
-  define(all, "div" + type, [](T a, T b) { return map([](auto x, auto y) { return x / y; }, a, b); });
-  define(all, "fma" + type, [](T a, T b, T c) {
+void define_real(Operations& all, std::string_view type) {
+  define(all, "add", type,
+         [](T a, T b) { return map([](auto x, auto y) { return x + y; }, a, b); });
+  define(all, "sub", type,
+         [](T a, T b) { return map([](auto x, auto y) { return x - y; }, a, b); });
+  define(all, "mul", type,
+         [](T a, T b) { return map([](auto x, auto y) { return x * y; }, a, b); });
+  define(all, "div", type,
+         [](T a, T b) { return map([](auto x, auto y) { return x / y; }, a, b); });
+  define(all, "fma", type, [](T a, T b, T c) {
     return map([](auto x, auto y, auto z) { return std::fma(x, y, z); }, a, b, c);
   });
-  define(all, "min" + type, [](T a, T b) {
-    return map([](auto x, auto y) { return smaller(x, y); }, a, b);
-  });
-  define(all, "max" + type, [](T a, T b) {
-    return map([](auto x, auto y) { return larger(x, y); }, a, b);
-  });
-  define(all, "min.NaN" + type, [](T a, T b) {
+  define(all, "min", type,
+         [](T a, T b) { return map([](auto x, auto y) { return smaller(x, y); }, a, b); });
+  define(all, "max", type,
+         [](T a, T b) { return map([](auto x, auto y) { return larger(x, y); }, a, b); });
+  define(all, "min.NaN", type, [](T a, T b) {
     return map([](auto x, auto y) { return or_nan(smaller(x, y), x, y); }, a, b);
   });
-  define(all, "max.NaN" + type, [](T a, T b) {
+  define(all, "max.NaN", type, [](T a, T b) {
     return map([](auto x, auto y) { return or_nan(larger(x, y), x, y); }, a, b);
   });
-  define(all, "abs" + type, [](T a) { return map([](auto x) { return std::fabs(x); }, a); });
-  define(all, "neg" + type, [](T a) { return map([](auto x) { return -x; }, a); });
-  define(all, "ex2" + type, [](T a) { return map([](auto x) { return std::exp2(x); }, a); });
-  define(all, "tanh" + type, [](T a) { return map([](auto x) { return std::tanh(x); }, a); });
+  define(all, "abs", type, [](T a) { return map([](auto x) { return std::fabs(x); }, a); });
+  define(all, "neg", type, [](T a) { return map([](auto x) { return -x; }, a); });
+  define(all, "ex2", type, [](T a) { return map([](auto x) { return std::exp2(x); }, a); });
+  define(all, "tanh", type, [](T a) { return map([](auto x) { return std::tanh(x); }, a); });
 }
 
 template <class T>
-void define_functions(Operations& all, const std::string& type) {
-  define(all, "lg2" + type, [](T a) { return map([](auto x) { return std::log2(x); }, a); });
-  define(all, "rcp" + type, [](T a) { return map([](auto x) { return 1 / x; }, a); });
-  define(all, "sqrt" + type, [](T a) { return map([](auto x) { return std::sqrt(x); }, a); });
-  define(all, "rsqrt" + type, [](T a) { return map([](auto x) { return 1 / std::sqrt(x); }, a); });
-  define(all, "sin" + type, [](T a) { return map([](auto x) { return std::sin(x); }, a); });
-  define(all, "cos" + type, [](T a) { return map([](auto x) { return std::cos(x); }, a); });
-  define(all, "copysign" + type, [](T a, T b) {
-    return map([](auto x, auto y) { return std::copysign(y, x); }, a, b);
-  });
+void define_functions(Operations& all, std::string_view type) {
+  define(all, "lg2", type, [](T a) { return map([](auto x) { return std::log2(x); }, a); });
+  define(all, "rcp", type, [](T a) { return map([](auto x) { return 1 / x; }, a); });
+  define(all, "sqrt", type, [](T a) { return map([](auto x) { return std::sqrt(x); }, a); });
+  define(all, "rsqrt", type, [](T a) { return map([](auto x) { return 1 / std::sqrt(x); }, a); });
+  define(all, "sin", type, [](T a) { return map([](auto x) { return std::sin(x); }, a); });
+  define(all, "cos", type, [](T a) { return map([](auto x) { return std::cos(x); }, a); });
+  define(all, "copysign", type,
+         [](T a, T b) { return map([](auto x, auto y) { return std::copysign(y, x); }, a, b); });
+}
+
+// A fused multiply-add rounded in a direction of <cfenv>, which the compiler must not move.
+float fma_towards(int direction, float a, float b, float c) {
+  volatile float x = a;
+  std::fesetround(direction);
+  volatile float result = std::fma(x, b, c);
+  std::fesetround(FE_TONEAREST);
+  return result;
 }
 
 // Comparisons that hold for numbers, and their twins that also hold for NaN ("ltu").
 template <class T>
-void define_real_comparisons(Operations& all, const std::string& type) {
-  const std::string setp = "setp.";
-  define(all, setp + "eq" + type, [](T a, T b) { return wide(a) == wide(b); });
-  define(all, setp + "lt" + type, [](T a, T b) { return wide(a) < wide(b); });
-  define(all, setp + "le" + type, [](T a, T b) { return wide(a) <= wide(b); });
-  define(all, setp + "gt" + type, [](T a, T b) { return wide(a) > wide(b); });
-  define(all, setp + "ge" + type, [](T a, T b) { return wide(a) >= wide(b); });
-  define(all, setp + "ne" + type, [](T a, T b) { return wide(a) < wide(b) || wide(a) > wide(b); });
-  define(all, setp + "equ" + type, [](T a, T b) { return !(wide(a) < wide(b) || wide(a) > wide(b)); });
-  define(all, setp + "neu" + type, [](T a, T b) { return wide(a) != wide(b); });
-  define(all, setp + "ltu" + type, [](T a, T b) { return !(wide(a) >= wide(b)); });
-  define(all, setp + "leu" + type, [](T a, T b) { return !(wide(a) > wide(b)); });
-  define(all, setp + "gtu" + type, [](T a, T b) { return !(wide(a) <= wide(b)); });
-  define(all, setp + "geu" + type, [](T a, T b) { return !(wide(a) < wide(b)); });
-  define(all, setp + "nan" + type, [](T a, T b) { return std::isnan(wide(a)) || std::isnan(wide(b)); });
-  define(all, setp + "num" + type, [](T a, T b) { return !std::isnan(wide(a)) && !std::isnan(wide(b)); });
-  define(all, "testp.notanumber" + type, [](T a) { return std::isnan(wide(a)); });
-  define(all, "testp.infinite" + type, [](T a) { return std::isinf(wide(a)); });
-  define(all, "testp.finite" + type, [](T a) { return bool(std::isfinite(wide(a))); });
+void define_real_comparisons(Operations& all, std::string_view type) {
+  define(all, "setp.eq", type, [](T a, T b) { return wide(a) == wide(b); });
+  define(all, "setp.lt", type, [](T a, T b) { return wide(a) < wide(b); });
+  define(all, "setp.le", type, [](T a, T b) { return wide(a) <= wide(b); });
+  define(all, "setp.gt", type, [](T a, T b) { return wide(a) > wide(b); });
+  define(all, "setp.ge", type, [](T a, T b) { return wide(a) >= wide(b); });
+  define(all, "setp.ne", type, [](T a, T b) { return wide(a) < wide(b) || wide(a) > wide(b); });
+  define(all, "setp.equ", type, [](T a, T b) { return !(wide(a) < wide(b) || wide(a) > wide(b)); });
+  define(all, "setp.neu", type, [](T a, T b) { return wide(a) != wide(b); });
+  define(all, "setp.ltu", type, [](T a, T b) { return !(wide(a) >= wide(b)); });
+  define(all, "setp.leu", type, [](T a, T b) { return !(wide(a) > wide(b)); });
+  define(all, "setp.gtu", type, [](T a, T b) { return !(wide(a) <= wide(b)); });
+  define(all, "setp.geu", type, [](T a, T b) { return !(wide(a) < wide(b)); });
+  define(all, "setp.nan", type,
+         [](T a, T b) { return std::isnan(wide(a)) || std::isnan(wide(b)); });
+  define(all, "setp.num", type,
+         [](T a, T b) { return !std::isnan(wide(a)) && !std::isnan(wide(b)); });
+  define(all, "testp.notanumber", type, [](T a) { return std::isnan(wide(a)); });
+  define(all, "testp.infinite", type, [](T a) { return std::isinf(wide(a)); });
+  define(all, "testp.finite", type, [](T a) { return bool(std::isfinite(wide(a))); });
 }
 
 template <class T>
 struct Double;
 template <>
-struct Double<int16_t> { using Type = int32_t; };
+struct Double<int16_t> {
+  using Type = int32_t;
+};
 template <>
-struct Double<uint16_t> { using Type = uint32_t; };
+struct Double<uint16_t> {
+  using Type = uint32_t;
+};
 template <>
-struct Double<int32_t> { using Type = int64_t; };
+struct Double<int32_t> {
+  using Type = int64_t;
+};
 template <>
-struct Double<uint32_t> { using Type = uint64_t; };
+struct Double<uint32_t> {
+  using Type = uint64_t;
+};
 template <>
-struct Double<int64_t> { using Type = __int128; };
+struct Double<int64_t> {
+  using Type = __int128;
+};
 template <>
-struct Double<uint64_t> { using Type = unsigned __int128; };
+struct Double<uint64_t> {
+  using Type = unsigned __int128;
+};
 
 // Division by zero gives all ones, as on the devices that we know of.
 template <class T>
@@ -183,37 +209,42 @@ T with_bit_field(T field, T into, uint32_t start, uint32_t length) {
 }
 
 template <class T>
-void define_integer(Operations& all, const std::string& type) {
+void define_integer(Operations& all, std::string_view type) {
   using U = std::make_unsigned_t<T>;
-  define(all, "add" + type, [](T a, T b) { return U(U(a) + U(b)); });
-  define(all, "sub" + type, [](T a, T b) { return U(U(a) - U(b)); });
-  define(all, "mul.lo" + type, [](T a, T b) { return T(uint64_t(a) * uint64_t(b)); });
-  define(all, "mul.hi" + type, [](T a, T b) { return high(a, b); });
-  define(all, "mad.lo" + type, [](T a, T b, T c) { return T(uint64_t(a) * uint64_t(b) + uint64_t(c)); });
-  define(all, "mad.hi" + type, [](T a, T b, T c) { return T(uint64_t(high(a, b)) + uint64_t(c)); });
-  define(all, "div" + type, [](T a, T b) { return quotient(a, b); });
-  define(all, "rem" + type, [](T a, T b) { return T(uint64_t(a) - uint64_t(quotient(a, b)) * uint64_t(b)); });
-  define(all, "min" + type, [](T a, T b) { return std::min(a, b); });
-  define(all, "max" + type, [](T a, T b) { return std::max(a, b); });
-  define(all, "abs" + type, [](T a) { return T(a < 0 ? 0 - uint64_t(a) : uint64_t(a)); });
-  define(all, "neg" + type, [](T a) { return T(0 - uint64_t(a)); });
-  define(all, "shr" + type, [](T a, uint32_t n) { return shifted_right(a, n); });
-  const std::string setp = "setp.";
-  define(all, setp + "eq" + type, [](T a, T b) { return a == b; });
-  define(all, setp + "ne" + type, [](T a, T b) { return a != b; });
-  for (const char* name : {"lt", "lo"}) define(all, setp + name + type, [](T a, T b) { return a < b; });
-  for (const char* name : {"le", "ls"}) define(all, setp + name + type, [](T a, T b) { return a <= b; });
-  for (const char* name : {"gt", "hi"}) define(all, setp + name + type, [](T a, T b) { return a > b; });
-  for (const char* name : {"ge", "hs"}) define(all, setp + name + type, [](T a, T b) { return a >= b; });
+  define(all, "add", type, [](T a, T b) { return U(U(a) + U(b)); });
+  define(all, "sub", type, [](T a, T b) { return U(U(a) - U(b)); });
+  define(all, "mul.lo", type, [](T a, T b) { return T(uint64_t(a) * uint64_t(b)); });
+  define(all, "mul.hi", type, [](T a, T b) { return high(a, b); });
+  define(all, "mad.lo", type,
+         [](T a, T b, T c) { return T(uint64_t(a) * uint64_t(b) + uint64_t(c)); });
+  define(all, "mad.hi", type, [](T a, T b, T c) { return T(uint64_t(high(a, b)) + uint64_t(c)); });
+  define(all, "div", type, [](T a, T b) { return quotient(a, b); });
+  define(all, "rem", type,
+         [](T a, T b) { return T(uint64_t(a) - uint64_t(quotient(a, b)) * uint64_t(b)); });
+  define(all, "min", type, [](T a, T b) { return std::min(a, b); });
+  define(all, "max", type, [](T a, T b) { return std::max(a, b); });
+  define(all, "abs", type, [](T a) { return T(a < 0 ? 0 - uint64_t(a) : uint64_t(a)); });
+  define(all, "neg", type, [](T a) { return T(0 - uint64_t(a)); });
+  define(all, "shr", type, [](T a, uint32_t n) { return shifted_right(a, n); });
+  define(all, "setp.eq", type, [](T a, T b) { return a == b; });
+  define(all, "setp.ne", type, [](T a, T b) { return a != b; });
+  define(all, "setp.lt", type, [](T a, T b) { return a < b; });
+  define(all, "setp.lo", type, [](T a, T b) { return a < b; });
+  define(all, "setp.le", type, [](T a, T b) { return a <= b; });
+  define(all, "setp.ls", type, [](T a, T b) { return a <= b; });
+  define(all, "setp.gt", type, [](T a, T b) { return a > b; });
+  define(all, "setp.hi", type, [](T a, T b) { return a > b; });
+  define(all, "setp.ge", type, [](T a, T b) { return a >= b; });
+  define(all, "setp.hs", type, [](T a, T b) { return a >= b; });
   if constexpr (sizeof(T) < 8) {
     using W = typename Double<T>::Type;
-    define(all, "mul.wide" + type, [](T a, T b) { return W(W(a) * W(b)); });
-    define(all, "mad.wide" + type, [](T a, T b, W c) { return W(uint64_t(W(a) * W(b)) + uint64_t(c)); });
+    define(all, "mul.wide", type, [](T a, T b) { return W(W(a) * W(b)); });
+    define(all, "mad.wide", type,
+           [](T a, T b, W c) { return W(uint64_t(W(a) * W(b)) + uint64_t(c)); });
   }
   if constexpr (sizeof(T) > 2) {
-    define(all, "bfe" + type, [](T a, uint32_t start, uint32_t length) {
-      return bit_field(a, start, length);
-    });
+    define(all, "bfe", type,
+           [](T a, uint32_t start, uint32_t length) { return bit_field(a, start, length); });
   }
 }
 
@@ -225,34 +256,35 @@ T inverted(T a) {
 }
 
 template <class T>
-void define_bits(Operations& all, const std::string& type) {
-  define(all, "mov" + type, [](T a) { return a; });
-  define(all, "and" + type, [](T a, T b) { return T(a & b); });
-  define(all, "or" + type, [](T a, T b) { return T(a | b); });
-  define(all, "xor" + type, [](T a, T b) { return T(a ^ b); });
-  define(all, "not" + type, [](T a) { return inverted(a); });
+void define_bits(Operations& all, std::string_view type) {
+  define(all, "mov", type, [](T a) { return a; });
+  define(all, "and", type, [](T a, T b) { return T(a & b); });
+  define(all, "or", type, [](T a, T b) { return T(a | b); });
+  define(all, "xor", type, [](T a, T b) { return T(a ^ b); });
+  define(all, "not", type, [](T a) { return inverted(a); });
   if constexpr (!std::is_same_v<T, bool>) {
-    define(all, "shl" + type, [](T a, uint32_t n) { return n >= 8 * sizeof(T) ? T(0) : T(a << n); });
-    define(all, "selp" + type, [](T a, T b, bool first) { return first ? a : b; });
+    define(all, "shl", type, [](T a, uint32_t n) { return n >= 8 * sizeof(T) ? T(0) : T(a << n); });
+    define(all, "selp", type, [](T a, T b, bool first) { return first ? a : b; });
   }
   if constexpr (sizeof(T) >= 4) {
-    define(all, "popc" + type, [](T a) { return uint32_t(std::popcount(a)); });
-    define(all, "clz" + type, [](T a) { return uint32_t(std::countl_zero(a)); });
-    define(all, "brev" + type, [](T a) {
+    define(all, "popc", type, [](T a) { return uint32_t(std::popcount(a)); });
+    define(all, "clz", type, [](T a) { return uint32_t(std::countl_zero(a)); });
+    define(all, "brev", type, [](T a) {
       T reversed = 0;
-      for (size_t i = 0; i < 8 * sizeof(T); ++i) reversed |= (a >> i & 1) << (8 * sizeof(T) - 1 - i);
+      for (size_t i = 0; i < 8 * sizeof(T); ++i)
+        reversed |= (a >> i & 1) << (8 * sizeof(T) - 1 - i);
       return reversed;
     });
-    define(all, "bfi" + type, [](T field, T into, uint32_t start, uint32_t length) {
+    define(all, "bfi", type, [](T field, T into, uint32_t start, uint32_t length) {
       return with_bit_field(field, into, start, length);
     });
   }
 }
 
 template <class T>
-void define_equality(Operations& all, const std::string& type) {
-  define(all, "setp.eq" + type, [](T a, T b) { return a == b; });
-  define(all, "setp.ne" + type, [](T a, T b) { return a != b; });
+void define_equality(Operations& all, std::string_view type) {
+  define(all, "setp.eq", type, [](T a, T b) { return a == b; });
+  define(all, "setp.ne", type, [](T a, T b) { return a != b; });
 }
 
 // Four bytes out of eight; a selector with the eighth bit takes the sign of its byte.
@@ -278,24 +310,25 @@ uint32_t looked_up(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
 }
 
 void define_words(Operations& all) {
-  define(all, "prmt.b32", [](uint32_t a, uint32_t b, uint32_t c) { return permuted(a, b, c); });
-  define(all, "lop3.b32", [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return looked_up(a, b, c, d); });
-  define(all, "shf.l.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
+  define(all, "prmt", ".b32", [](uint32_t a, uint32_t b, uint32_t c) { return permuted(a, b, c); });
+  define(all, "lop3", ".b32",
+         [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return looked_up(a, b, c, d); });
+  define(all, "shf.l.wrap", ".b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return uint32_t((uint64_t(b) << 32 | a) << (n & 31) >> 32);
   });
-  define(all, "shf.r.wrap.b32", [](uint32_t a, uint32_t b, uint32_t n) {
+  define(all, "shf.r.wrap", ".b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return uint32_t((uint64_t(b) << 32 | a) >> (n & 31));
   });
-  define(all, "shf.l.clamp.b32", [](uint32_t a, uint32_t b, uint32_t n) {
+  define(all, "shf.l.clamp", ".b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return uint32_t((uint64_t(b) << 32 | a) << std::min(n, 32u) >> 32);
   });
-  define(all, "shf.r.clamp.b32", [](uint32_t a, uint32_t b, uint32_t n) {
+  define(all, "shf.r.clamp", ".b32", [](uint32_t a, uint32_t b, uint32_t n) {
     return uint32_t((uint64_t(b) << 32 | a) >> std::min(n, 32u));
   });
-  define(all, "bfind.u32", [](uint32_t a) { return a ? 31 - uint32_t(std::countl_zero(a)) : ~0u; });
-  define(all, "bmsk.clamp.b32", [](uint32_t start, uint32_t length) {
-    return with_bit_field(~0u, 0u, start, length);
-  });
+  define(all, "bfind", ".u32",
+         [](uint32_t a) { return a ? 31 - uint32_t(std::countl_zero(a)) : ~0u; });
+  define(all, "bmsk.clamp", ".b32",
+         [](uint32_t start, uint32_t length) { return with_bit_field(~0u, 0u, start, length); });
 }
 
 // ---- conversions ----
@@ -315,25 +348,27 @@ To saturated(From number) {
 }
 
 template <class To, class From>
-void define_conversion(Operations& all, const std::string& types) {
+void define_conversion(Operations& all, std::string_view types) {
   if constexpr (Integer<To> && Integer<From>) {
     // Wider registers hold the sign of what was converted.
     using Held = std::conditional_t<std::is_signed_v<To>, int64_t, uint64_t>;
-    define(all, "cvt" + types, [](From a) { return Held(To(a)); });
+    define(all, "cvt", types, [](From a) { return Held(To(a)); });
   } else if constexpr (Integer<To>) {
-    define(all, "cvt.rni" + types, [](From a) { return saturated<To>(std::nearbyint(wide(a))); });
-    define(all, "cvt.rzi" + types, [](From a) { return saturated<To>(std::trunc(wide(a))); });
-    define(all, "cvt.rmi" + types, [](From a) { return saturated<To>(std::floor(wide(a))); });
-    define(all, "cvt.rpi" + types, [](From a) { return saturated<To>(std::ceil(wide(a))); });
+    define(all, "cvt.rni", types, [](From a) { return saturated<To>(std::nearbyint(wide(a))); });
+    define(all, "cvt.rzi", types, [](From a) { return saturated<To>(std::trunc(wide(a))); });
+    define(all, "cvt.rmi", types, [](From a) { return saturated<To>(std::floor(wide(a))); });
+    define(all, "cvt.rpi", types, [](From a) { return saturated<To>(std::ceil(wide(a))); });
   } else if constexpr (Integer<From>) {
-    define(all, "cvt" + types, [](From a) { return To(a); });
+    define(all, "cvt", types, [](From a) { return To(a); });
   } else {
-    define(all, "cvt" + types, [](From a) { return To(wide(a)); });
+    define(all, "cvt", types, [](From a) { return To(wide(a)); });
+    define(all, "cvt.sat", types,
+           [](From a) { return To(std::isnan(wide(a)) ? 0 : std::clamp<double>(wide(a), 0, 1)); });
     if constexpr (std::is_same_v<To, From>) {
-      define(all, "cvt.rni" + types, [](From a) { return To(std::nearbyint(wide(a))); });
-      define(all, "cvt.rzi" + types, [](From a) { return To(std::trunc(wide(a))); });
-      define(all, "cvt.rmi" + types, [](From a) { return To(std::floor(wide(a))); });
-      define(all, "cvt.rpi" + types, [](From a) { return To(std::ceil(wide(a))); });
+      define(all, "cvt.rni", types, [](From a) { return To(std::nearbyint(wide(a))); });
+      define(all, "cvt.rzi", types, [](From a) { return To(std::trunc(wide(a))); });
+      define(all, "cvt.rmi", types, [](From a) { return To(std::floor(wide(a))); });
+      define(all, "cvt.rpi", types, [](From a) { return To(std::ceil(wide(a))); });
     }
   }
 }
@@ -379,12 +414,17 @@ void define_arithmetic(Operations& all) {
   define_integer<int64_t>(all, ".s64");
   define_integer<uint64_t>(all, ".u64");
   define_bits<bool>(all, ".pred");
-  for (const char* type : {".b16", ".u16", ".s16", ".f16", ".bf16"}) define_bits<uint16_t>(all, type);
+  for (const char* type : {".b16", ".u16", ".s16", ".f16", ".bf16"})
+    define_bits<uint16_t>(all, type);
   for (const char* type : {".b32", ".u32", ".s32", ".f32"}) define_bits<uint32_t>(all, type);
   for (const char* type : {".b64", ".u64", ".s64", ".f64"}) define_bits<uint64_t>(all, type);
   define_equality<uint16_t>(all, ".b16");
   define_equality<uint32_t>(all, ".b32");
   define_equality<uint64_t>(all, ".b64");
+  define(all, "fma.rm", ".f32",
+         [](float a, float b, float c) { return fma_towards(FE_DOWNWARD, a, b, c); });
+  define(all, "fma.rz", ".f32",
+         [](float a, float b, float c) { return fma_towards(FE_TOWARDZERO, a, b, c); });
   define_words(all);
 }
 
@@ -394,15 +434,15 @@ void define_conversions(Operations& all) {
       define_conversion<To, From>(all, type + from);
     });
   };
-  for_types<void>([&]<class From, class>(const std::string& from) {
-    to.template operator()<From>(from);
-  });
-  define(all, "cvt.f16x2.f32", [](float high, float low) { return Pair<Half>{Half(low), Half(high)}; });
-  define(all, "cvt.bf16x2.f32", [](float high, float low) {
-    return Pair<BFloat16>{BFloat16(low), BFloat16(high)};
-  });
+  for_types<void>(
+      [&]<class From, class>(const std::string& from) { to.template operator()<From>(from); });
+  define(all, "cvt", ".f16x2.f32",
+         [](float high, float low) { return Pair<Half>{Half(low), Half(high)}; });
+  define(all, "cvt", ".bf16x2.f32",
+         [](float high, float low) { return Pair<BFloat16>{BFloat16(low), BFloat16(high)}; });
   // To nearest, ties away from zero: 10 bits of the significand are left.
-  define(all, "cvt.rna.tf32.f32", [](float a) { return uint32_t((bits<uint32_t>(a) + 0x1000) & 0xFFFFE000); });
+  define(all, "cvt.rna", ".tf32.f32",
+         [](float a) { return uint32_t((bits<uint32_t>(a) + 0x1000) & 0xFFFFE000); });
 }
 
 }  // namespace gpu

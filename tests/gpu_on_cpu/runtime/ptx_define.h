@@ -1,7 +1,8 @@
 // Instructions of PTX as C++ functions of their operands.
 #pragma once
 
-#include <string>
+#include <initializer_list>
+#include <string_view>
 #include <utility>
 
 #include "ptx.h"
@@ -23,10 +24,14 @@ struct Signature<Result (*)(Arguments...)> {
   }
 };
 
+// The name is the parts, one after the other.
+void put(Operations& operations, std::initializer_list<std::string_view> name, Operation operation);
+
 // The instruction whose first operand becomes `function`, a lambda, of the others.
 template <class Function>
-void define(Operations& operations, const std::string& name, Function function) {
-  operations[name] = &Signature<decltype(+function)>::template run<Function>;
+void define(Operations& operations, std::string_view name, std::string_view type,
+            Function function) {
+  put(operations, {name, type}, &Signature<decltype(+function)>::template run<Function>);
 }
 
 }  // namespace gpu

@@ -50,8 +50,9 @@ char* Memory::reach(Space& space, uint64_t address, unsigned bytes, int line,
 void Memory::check_range(uint64_t address, unsigned bytes, int line, const char* what) const {
   const Range* nearest = nullptr;
   const auto beyond = [&](const Range& range) {
-    return address < range.begin ? range.begin - address
-                                 : address + bytes > range.end ? address + bytes - range.end : 0;
+    return address < range.begin         ? range.begin - address
+           : address + bytes > range.end ? address + bytes - range.end
+                                         : 0;
   };
   for (const Range& range : ranges_) {
     if (beyond(range) == 0) return;
@@ -104,8 +105,7 @@ bool Memory::ordered(const Touch& earlier) const {
   const Progress& now = progress[thread->number];
   const bool same_warp = earlier.thread / 32 == thread->warp();
   return earlier.thread < 0 || earlier.thread == thread->number ||
-         earlier.progress.block < now.block ||
-         (same_warp && earlier.progress.warp < now.warp);
+         earlier.progress.block < now.block || (same_warp && earlier.progress.warp < now.warp);
 }
 
 void Memory::watch_read(uint64_t address, unsigned bytes, int line) {
@@ -113,9 +113,10 @@ void Memory::watch_read(uint64_t address, unsigned bytes, int line) {
   for (uint64_t i = address; i < address + bytes; ++i) {
     Touches& touches = touches_[i];
     if (!ordered(touches.write)) {
-      fail("line %d: a race: reads byte %llu of shared memory that thread %d writes, with no "
-           "barrier between them",
-           line, static_cast<unsigned long long>(i), touches.write.thread);
+      fail(
+          "line %d: a race: reads byte %llu of shared memory that thread %d writes, with no "
+          "barrier between them",
+          line, static_cast<unsigned long long>(i), touches.write.thread);
     }
     const Touch& before = touches.read;
     const bool same_phase = before.thread >= 0 && before.progress.block == now.progress.block;
@@ -139,9 +140,10 @@ void Memory::watch_write(uint64_t address, const void* from, unsigned bytes, int
         !ordered(read) || (same_phase && touches.by_other_warps) ||
         (same_phase && read.progress.warp == now.progress.warp && touches.by_other_threads);
     if (changes && (!ordered(touches.write) || read_by_another)) {
-      fail("line %d: a race: writes byte %llu of shared memory that another thread %s, with no "
-           "barrier between them",
-           line, static_cast<unsigned long long>(i), read_by_another ? "reads" : "writes");
+      fail(
+          "line %d: a race: writes byte %llu of shared memory that another thread %s, with no "
+          "barrier between them",
+          line, static_cast<unsigned long long>(i), read_by_another ? "reads" : "writes");
     }
     touches.write = now;
   }

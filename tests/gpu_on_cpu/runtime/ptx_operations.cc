@@ -37,53 +37,58 @@ void store(Machine& machine, const Instruction& i) {
 }
 
 template <Space space, class T>
-void define_vectors(Operations& all, const std::string& where, const std::string& type) {
-  all["ld" + where + type] = load<space, T, 1>;
-  all["st" + where + type] = store<space, T, 1>;
-  all["ld" + where + ".v2" + type] = load<space, T, 2>;
-  all["st" + where + ".v2" + type] = store<space, T, 2>;
-  all["ld" + where + ".v4" + type] = load<space, T, 4>;
-  all["st" + where + ".v4" + type] = store<space, T, 4>;
+void define_vectors(Operations& all, std::string_view where, std::string_view type) {
+  put(all, {"ld", where, type}, load<space, T, 1>);
+  put(all, {"st", where, type}, store<space, T, 1>);
+  put(all, {"ld", where, ".v2", type}, load<space, T, 2>);
+  put(all, {"st", where, ".v2", type}, store<space, T, 2>);
+  put(all, {"ld", where, ".v4", type}, load<space, T, 4>);
+  put(all, {"st", where, ".v4", type}, store<space, T, 4>);
 }
 
 // The old value goes to the first operand, `function` of it and the other operands to memory.
 template <Space space, class T, class Function>
 Operation atomic(Function) {
   return [](Machine& machine, const Instruction& i) {
-  char* at = machine.memory->atomic(space, address_in<space>(machine, i, 1), sizeof(T), i.line);
-  T old;
-  memcpy(&old, at, sizeof old);
-  T value;
-  if constexpr (std::is_invocable_v<Function, T, T, T>) {
-    value = Function{}(old, machine.read<T>(i.slots[2]), machine.read<T>(i.slots[3]));
-  } else {
-    value = Function{}(old, machine.read<T>(i.slots[2]));
-  }
-  memcpy(at, &value, sizeof value);
-  machine.write<T>(i.slots[0], old);
+    char* at = machine.memory->atomic(space, address_in<space>(machine, i, 1), sizeof(T), i.line);
+    T old;
+    memcpy(&old, at, sizeof old);
+    T value;
+    if constexpr (std::is_invocable_v<Function, T, T, T>) {
+      value = Function{}(old, machine.read<T>(i.slots[2]), machine.read<T>(i.slots[3]));
+    } else {
+      value = Function{}(old, machine.read<T>(i.slots[2]));
+    }
+    memcpy(at, &value, sizeof value);
+    machine.write<T>(i.slots[0], old);
   };
 }
 
 template <Space space, class T>
-void define_atomics(Operations& all, const std::string& where, const std::string& type) {
-  const std::string atom = "atom" + where;
-  all[atom + ".add" + type] = atomic<space, T>([](T old, T value) { return T(old + value); });
-  all[atom + ".min" + type] = atomic<space, T>([](T old, T value) { return std::min(old, value); });
-  all[atom + ".max" + type] = atomic<space, T>([](T old, T value) { return std::max(old, value); });
-  all[atom + ".exch" + type] = atomic<space, T>([](T, T value) { return value; });
-  all[atom + ".cas" + type] =
-      atomic<space, T>([](T old, T wanted, T value) { return old == wanted ? value : old; });
+void define_atomics(Operations& all, std::string_view where, std::string_view type) {
+  put(all, {"atom", where, ".add", type},
+      atomic<space, T>([](T old, T value) { return T(old + value); }));
+  put(all, {"atom", where, ".min", type},
+      atomic<space, T>([](T old, T value) { return std::min(old, value); }));
+  put(all, {"atom", where, ".max", type},
+      atomic<space, T>([](T old, T value) { return std::max(old, value); }));
+  put(all, {"atom", where, ".exch", type}, atomic<space, T>([](T, T value) { return value; }));
+  put(all, {"atom", where, ".cas", type},
+      atomic<space, T>([](T old, T wanted, T value) { return old == wanted ? value : old; }));
   if constexpr (std::is_integral_v<T>) {
-    all[atom + ".and" + type] = atomic<space, T>([](T old, T value) { return T(old & value); });
-    all[atom + ".or" + type] = atomic<space, T>([](T old, T value) { return T(old | value); });
-    all[atom + ".xor" + type] = atomic<space, T>([](T old, T value) { return T(old ^ value); });
-    all[atom + ".inc" + type] =
-        atomic<space, T>([](T old, T most) { return old >= most ? T(0) : T(old + 1); });
+    put(all, {"atom", where, ".and", type},
+        atomic<space, T>([](T old, T value) { return T(old & value); }));
+    put(all, {"atom", where, ".or", type},
+        atomic<space, T>([](T old, T value) { return T(old | value); }));
+    put(all, {"atom", where, ".xor", type},
+        atomic<space, T>([](T old, T value) { return T(old ^ value); }));
+    put(all, {"atom", where, ".inc", type},
+        atomic<space, T>([](T old, T most) { return old >= most ? T(0) : T(old + 1); }));
   }
 }
 
 template <Space space>
-void define_space(Operations& all, const std::string& where) {
+void define_space(Operations& all, std::string_view where) {
   define_vectors<space, uint8_t>(all, where, ".b8");
   define_vectors<space, uint16_t>(all, where, ".b16");
   define_vectors<space, uint32_t>(all, where, ".b32");
@@ -104,10 +109,9 @@ void define_space(Operations& all, const std::string& where) {
 
 // Slots: where to in shared memory, where from, how many bytes, how many of them to read.
 void copy_later(Machine& machine, const Instruction& i) {
-  machine.copies.back().push_back({machine.read<uint32_t>(i.slots[0]),
-                                   machine.read<uint64_t>(i.slots[1]),
-                                   machine.read<uint32_t>(i.slots[3]),
-                                   machine.read<uint32_t>(i.slots[2]), i.line});
+  machine.copies.back().push_back(
+      {machine.read<uint32_t>(i.slots[0]), machine.read<uint64_t>(i.slots[1]),
+       machine.read<uint32_t>(i.slots[3]), machine.read<uint32_t>(i.slots[2]), i.line});
 }
 
 void copy_groups(Machine& machine, size_t but_the_last) {
@@ -133,9 +137,9 @@ void pass_barrier(Machine& machine, const Instruction& i) {
 template <class Function>
 Operation vote_of_block(Function) {
   return [](Machine& machine, const Instruction& i) {
-  const int votes = barrier(i.line, machine.read<bool>(i.slots[1]));
-  ++machine.memory->progress[thread->number].block;
-  machine.write<uint32_t>(i.slots[0], Function{}(votes, int(block->grid.threads.count())));
+    const int votes = barrier(i.line, machine.read<bool>(i.slots[1]));
+    ++machine.memory->progress[thread->number].block;
+    machine.write<uint32_t>(i.slots[0], Function{}(votes, int(block->grid.threads.count())));
   };
 }
 
@@ -159,26 +163,25 @@ void shuffle_lanes(Machine& machine, const Instruction& i) {
   const bool inside = mode == 'u' ? from >= last : from <= last;
   const uint32_t value = machine.read<uint32_t>(i.slots[2]);
   const uint32_t mask = machine.read<uint32_t>(i.slots[5]);
-  machine.write<uint32_t>(i.slots[0],
-                          uint32_t(shuffle(value, inside ? from : lane, mask, i.line)));
+  machine.write<uint32_t>(i.slots[0], uint32_t(shuffle(value, inside ? from : lane, mask, i.line)));
   machine.write<bool>(i.slots[1], inside);
 }
 
 template <class Function>
 Operation vote(Function) {
   return [](Machine& machine, const Instruction& i) {
-  const uint32_t mask = machine.read<uint32_t>(i.slots[2]);
-  const uint32_t votes = ballot(machine.read<bool>(i.slots[1]), mask, i.line);
-  machine.write<uint32_t>(i.slots[0], uint32_t(Function{}(votes, mask)));
+    const uint32_t mask = machine.read<uint32_t>(i.slots[2]);
+    const uint32_t votes = ballot(machine.read<bool>(i.slots[1]), mask, i.line);
+    machine.write<uint32_t>(i.slots[0], uint32_t(Function{}(votes, mask)));
   };
 }
 
 template <class T, class Function>
 Operation reduce_lanes(Function) {
   return [](Machine& machine, const Instruction& i) {
-  const Fold fold = [](uint32_t a, uint32_t b) { return uint32_t(Function{}(T(a), T(b))); };
-  machine.write<uint32_t>(i.slots[0], reduce(fold, machine.read<uint32_t>(i.slots[1]),
-                                             machine.read<uint32_t>(i.slots[2]), i.line));
+    const Fold fold = [](uint32_t a, uint32_t b) { return uint32_t(Function{}(T(a), T(b))); };
+    machine.write<uint32_t>(i.slots[0], reduce(fold, machine.read<uint32_t>(i.slots[1]),
+                                               machine.read<uint32_t>(i.slots[2]), i.line));
   };
 }
 
@@ -196,7 +199,9 @@ struct Call {
   Machine* machine;
   const Instruction* instruction;
   template <class T>
-  T read(int slot) const { return machine->read<T>(instruction->slots[slot]); }
+  T read(int slot) const {
+    return machine->read<T>(instruction->slots[slot]);
+  }
 };
 
 const Call& call_of(void** arguments, int lane) { return *static_cast<Call*>(arguments[lane]); }
@@ -223,30 +228,33 @@ void multiply(Machine& machine, const Instruction& i) {
   constexpr int per_word = 4 / int(sizeof(T)), groups = depth / per_word / 4;
   constexpr int a_first = 4, b_first = a_first + 2 * groups, c_first = b_first + groups;
   Call call{&machine, &i};
-  meet(kWholeWarp, i.line, [](void** arguments, uint32_t) {
-    std::array<std::array<double, depth>, 16> a;
-    std::array<std::array<double, depth>, 8> b;
-    for (int k = 0; k < depth; ++k) {
-      const int word = k / per_word, group = word / 4, lane = word % 4, which = k % per_word;
-      for (int row = 0; row < 16; ++row) {
-        const Call& owner = call_of(arguments, row % 8 * 4 + lane);
-        a[row][k] = element<T>(owner.read<uint32_t>(a_first + row / 8 + 2 * group), which);
-      }
-      for (int column = 0; column < 8; ++column) {
-        const Call& owner = call_of(arguments, column * 4 + lane);
-        b[column][k] = element<T>(owner.read<uint32_t>(b_first + group), which);
-      }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      const Call& owner = call_of(arguments, lane);
-      for (int r = 0; r < 4; ++r) {
-        const int row = lane / 4 + 8 * (r / 2), column = lane % 4 * 2 + r % 2;
-        double sum = owner.read<float>(c_first + r);
-        for (int k = 0; k < depth; ++k) sum += a[row][k] * b[column][k];
-        owner.machine->write<float>(owner.instruction->slots[r], float(sum));
-      }
-    }
-  }, &call);
+  meet(
+      kWholeWarp, i.line,
+      [](void** arguments, uint32_t) {
+        std::array<std::array<double, depth>, 16> a;
+        std::array<std::array<double, depth>, 8> b;
+        for (int k = 0; k < depth; ++k) {
+          const int word = k / per_word, group = word / 4, lane = word % 4, which = k % per_word;
+          for (int row = 0; row < 16; ++row) {
+            const Call& owner = call_of(arguments, row % 8 * 4 + lane);
+            a[row][k] = element<T>(owner.read<uint32_t>(a_first + row / 8 + 2 * group), which);
+          }
+          for (int column = 0; column < 8; ++column) {
+            const Call& owner = call_of(arguments, column * 4 + lane);
+            b[column][k] = element<T>(owner.read<uint32_t>(b_first + group), which);
+          }
+        }
+        for (int lane = 0; lane < 32; ++lane) {
+          const Call& owner = call_of(arguments, lane);
+          for (int r = 0; r < 4; ++r) {
+            const int row = lane / 4 + 8 * (r / 2), column = lane % 4 * 2 + r % 2;
+            double sum = owner.read<float>(c_first + r);
+            for (int k = 0; k < depth; ++k) sum += a[row][k] * b[column][k];
+            owner.machine->write<float>(owner.instruction->slots[r], float(sum));
+          }
+        }
+      },
+      &call);
 }
 
 // Matrices of 8 x 8 halves: lane 8 m + r brings the address of row r of matrix m.
@@ -265,8 +273,7 @@ void for_halves(F function) {
     for (int m = 0; m < matrices; ++m) {
       for (int half = 0; half < 2; ++half) {
         const int across = lane % 4 * 2 + half, along = lane / 4;
-        function(lane, m, half, 8 * m + (transposed ? across : along),
-                 transposed ? along : across);
+        function(lane, m, half, 8 * m + (transposed ? across : along), transposed ? along : across);
       }
     }
   }
@@ -279,12 +286,15 @@ void load_matrices(Machine& machine, const Instruction& i) {
     const uint64_t from = address_in<Space::kShared>(machine, i, matrices);
     machine.memory->read(Space::kShared, from, own.row, sizeof own.row, i.line);
   }
-  meet(kWholeWarp, i.line, [](void** arguments, uint32_t) {
-    for_halves<matrices, transposed>([&](int lane, int m, int half, int owner, int column) {
-      const uint32_t element = matrices_of(arguments, owner).row[column];
-      matrices_of(arguments, lane).words[m] |= element << 16 * half;
-    });
-  }, &own);
+  meet(
+      kWholeWarp, i.line,
+      [](void** arguments, uint32_t) {
+        for_halves<matrices, transposed>([&](int lane, int m, int half, int owner, int column) {
+          const uint32_t element = matrices_of(arguments, owner).row[column];
+          matrices_of(arguments, lane).words[m] |= element << 16 * half;
+        });
+      },
+      &own);
   for (int m = 0; m < matrices; ++m) machine.write<uint32_t>(i.slots[m], own.words[m]);
 }
 
@@ -292,12 +302,15 @@ template <int matrices, bool transposed>
 void store_matrices(Machine& machine, const Instruction& i) {
   Matrices own{};
   for (int m = 0; m < matrices; ++m) own.words[m] = machine.read<uint32_t>(i.slots[1 + m]);
-  meet(kWholeWarp, i.line, [](void** arguments, uint32_t) {
-    for_halves<matrices, transposed>([&](int lane, int m, int half, int owner, int column) {
-      const uint32_t word = matrices_of(arguments, lane).words[m];
-      matrices_of(arguments, owner).row[column] = uint16_t(word >> 16 * half);
-    });
-  }, &own);
+  meet(
+      kWholeWarp, i.line,
+      [](void** arguments, uint32_t) {
+        for_halves<matrices, transposed>([&](int lane, int m, int half, int owner, int column) {
+          const uint32_t word = matrices_of(arguments, lane).words[m];
+          matrices_of(arguments, owner).row[column] = uint16_t(word >> 16 * half);
+        });
+      },
+      &own);
   if (thread->lane() < 8 * matrices) {
     const uint64_t to = address_in<Space::kShared>(machine, i, 0);
     machine.memory->write(Space::kShared, to, own.row, sizeof own.row, i.line);
@@ -307,20 +320,20 @@ void store_matrices(Machine& machine, const Instruction& i) {
 template <int matrices>
 void define_matrices(Operations& all) {
   const std::string shape = "matrix.m8n8.x" + std::to_string(matrices);
-  all["ld" + shape + ".shared.b16"] = load_matrices<matrices, false>;
-  all["ld" + shape + ".trans.shared.b16"] = load_matrices<matrices, true>;
-  all["st" + shape + ".shared.b16"] = store_matrices<matrices, false>;
-  all["st" + shape + ".trans.shared.b16"] = store_matrices<matrices, true>;
+  put(all, {"ld", shape, ".shared.b16"}, load_matrices<matrices, false>);
+  put(all, {"ld", shape, ".trans.shared.b16"}, load_matrices<matrices, true>);
+  put(all, {"st", shape, ".shared.b16"}, store_matrices<matrices, false>);
+  put(all, {"st", shape, ".trans.shared.b16"}, store_matrices<matrices, true>);
 }
 
 template <class T>
-void define_reductions(Operations& all, const std::string& type) {
-  all["redux.add" + type] = reduce_lanes<T>([](T a, T b) { return T(a + b); });
-  all["redux.min" + type] = reduce_lanes<T>([](T a, T b) { return std::min(a, b); });
-  all["redux.max" + type] = reduce_lanes<T>([](T a, T b) { return std::max(a, b); });
-  all["redux.and" + type] = reduce_lanes<T>([](T a, T b) { return T(a & b); });
-  all["redux.or" + type] = reduce_lanes<T>([](T a, T b) { return T(a | b); });
-  all["redux.xor" + type] = reduce_lanes<T>([](T a, T b) { return T(a ^ b); });
+void define_reductions(Operations& all, std::string_view type) {
+  put(all, {"redux.add", type}, reduce_lanes<T>([](T a, T b) { return T(a + b); }));
+  put(all, {"redux.min", type}, reduce_lanes<T>([](T a, T b) { return std::min(a, b); }));
+  put(all, {"redux.max", type}, reduce_lanes<T>([](T a, T b) { return std::max(a, b); }));
+  put(all, {"redux.and", type}, reduce_lanes<T>([](T a, T b) { return T(a & b); }));
+  put(all, {"redux.or", type}, reduce_lanes<T>([](T a, T b) { return T(a | b); }));
+  put(all, {"redux.xor", type}, reduce_lanes<T>([](T a, T b) { return T(a ^ b); }));
 }
 
 }  // namespace
@@ -372,13 +385,12 @@ void define_warp(Operations& all) {
   define_matrices<1>(all);
   define_matrices<2>(all);
   define_matrices<4>(all);
-  const std::string mma = "mma.m16n8k";
-  all[mma + "8.row.col.f32.f16.f16.f32"] = multiply<Half, 8>;
-  all[mma + "16.row.col.f32.f16.f16.f32"] = multiply<Half, 16>;
-  all[mma + "8.row.col.f32.bf16.bf16.f32"] = multiply<BFloat16, 8>;
-  all[mma + "16.row.col.f32.bf16.bf16.f32"] = multiply<BFloat16, 16>;
-  all[mma + "4.row.col.f32.tf32.tf32.f32"] = multiply<TensorFloat, 4>;
-  all[mma + "8.row.col.f32.tf32.tf32.f32"] = multiply<TensorFloat, 8>;
+  all["mma.m16n8k8.row.col.f32.f16.f16.f32"] = multiply<Half, 8>;
+  all["mma.m16n8k16.row.col.f32.f16.f16.f32"] = multiply<Half, 16>;
+  all["mma.m16n8k8.row.col.f32.bf16.bf16.f32"] = multiply<BFloat16, 8>;
+  all["mma.m16n8k16.row.col.f32.bf16.bf16.f32"] = multiply<BFloat16, 16>;
+  all["mma.m16n8k4.row.col.f32.tf32.tf32.f32"] = multiply<TensorFloat, 4>;
+  all["mma.m16n8k8.row.col.f32.tf32.tf32.f32"] = multiply<TensorFloat, 8>;
 }
 
 }  // namespace gpu

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "ptx.h"
+#include "ptx_define.h"
 
 namespace gpu {
 namespace {
@@ -15,7 +15,9 @@ const Operations& operations() {
     define_memory(table);
     define_warp(table);
     table["nop"] = [](Machine&, const Instruction&) {};
-    table["bra"] = [](Machine& machine, const Instruction& i) { machine.next = size_t(i.immediate); };
+    table["bra"] = [](Machine& machine, const Instruction& i) {
+      machine.next = size_t(i.immediate);
+    };
     table["trap"] = [](Machine&, const Instruction& i) { fail("line %d: trap", i.line); };
     return table;
   }();
@@ -45,9 +47,16 @@ uint64_t special(const std::string& name) {
 
 }  // namespace
 
-// Lines of the text, by their first word: "slots", "local" and "shared" with a number; "constant"
-// with slot and value; "special" with slot and name; else an instruction: its line in the PTX,
-// guard, operation, immediate, and slots.
+void put(Operations& operations, std::initializer_list<std::string_view> name,
+         Operation operation) {
+  std::string whole;
+  for (std::string_view part : name) whole += part;
+  operations[whole] = operation;
+}
+
+// Lines of the text, by their first word: "slots", "local" and "shared" with a number; "parameter"
+// with offset and size; "constant" with slot and value; "special" with slot and name; else an
+// instruction: its line in the PTX, guard, operation, immediate, and slots.
 Program::Program(std::string kernel, const std::string& text) : kernel_(std::move(kernel)) {
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) add(line);
@@ -63,6 +72,9 @@ void Program::add(const std::string& line) {
     words >> local_bytes_;
   } else if (first == "shared") {
     words >> shared_bytes_;
+  } else if (first == "parameter") {
+    auto& [offset, size] = parameters_.emplace_back();
+    words >> offset >> size;
   } else if (first == "constant") {
     auto& [slot, value] = constants_.emplace_back();
     words >> slot >> value;
@@ -86,8 +98,19 @@ void Program::add(const std::string& line) {
   }
 }
 
+std::vector<uint64_t> Program::packed(const void* const* arguments) const {
+  const size_t bytes =
+      parameters_.empty() ? 0 : parameters_.back().offset + parameters_.back().size;
+  std::vector<uint64_t> block(bytes / 8 + 1);
+  for (const auto& [offset, size] : parameters_) {
+    memcpy(reinterpret_cast<char*>(block.data()) + offset, *arguments++, size);
+  }
+  return block;
+}
+
 Traffic Program::run(const Index& blocks, const Index& threads, size_t dynamic_shared,
-                     const char* parameters, std::vector<Range> ranges) const {
+                     const void* const* arguments, std::vector<Range> ranges) const {
+  const std::vector<uint64_t> parameters = packed(arguments);
   const Grid grid{kernel_.c_str(), blocks, threads, shared_bytes_ + dynamic_shared};
   Memory memory(std::move(ranges), grid.shared_bytes);
   memory.progress.resize(threads.count());
@@ -99,7 +122,7 @@ Traffic Program::run(const Index& blocks, const Index& threads, size_t dynamic_s
     for (const auto& [slot, value] : constants_) machine.slots[slot] = value;
     for (const auto& [slot, name] : specials_) {
       const auto* own_local = &local[thread->number * (local_bytes_ / 8 + 1)];
-      machine.slots[slot] = name == "param"   ? reinterpret_cast<uint64_t>(parameters)
+      machine.slots[slot] = name == "param"   ? reinterpret_cast<uint64_t>(parameters.data())
                             : name == "local" ? reinterpret_cast<uint64_t>(own_local)
                                               : special(name);
     }
@@ -138,11 +161,11 @@ Program* gpu_program(const char* kernel, const char* text) {
 
 // Whether it went well. `size`: blocks and threads along x, y and z.
 bool gpu_run(const Program* program, const unsigned* size, size_t dynamic_shared,
-             const char* parameters, const gpu::Range* ranges, size_t range_count,
+             const void* const* arguments, const gpu::Range* ranges, size_t range_count,
              gpu::Traffic* traffic) {
   try {
     *traffic = program->run({size[0], size[1], size[2]}, {size[3], size[4], size[5]},
-                            dynamic_shared, parameters, {ranges, ranges + range_count});
+                            dynamic_shared, arguments, {ranges, ranges + range_count});
     return true;
   } catch (const std::exception& error) {
     last_failure = error.what();
