@@ -66,7 +66,8 @@ def built(name: str, inputs: Iterable[Path], command: list[str]) -> Path:
 
 
 def call(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -126,15 +127,16 @@ def for_fibers(text: str) -> str:
     )
     while (start := text.find("<<<")) >= 0:
         end = text.index(">>>", start)
-        arguments = re.compile(r"\s*\(").match(text, end + 3)
-        if arguments is None:
+        given = re.compile(r"\s*\((\s*\))?").match(text, end + 3)
+        if given is None:
             raise ValueError(f"a launch without arguments: {text[start : end + 3]}")
         kernel = _kernel_before(text, start)
         name = " ".join(kernel.split())
         text = (
             text[: start - len(kernel)]
-            + f'gpu::launch("{name}", {kernel}, {{{text[start + 3 : end]}}}, '
-            + text[arguments.end() :]
+            + f'gpu::launch("{name}", {kernel}, {{{text[start + 3 : end]}}}'
+            + (")" if given[1] else ", ")
+            + text[given.end() :]
         )
     return text
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #ifdef GPU_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #ifdef GPU_TSAN
@@ -86,7 +87,9 @@ struct Scheduler : Block {
   unsigned barriers = 0;
   char begin = 0, end = 0, order[2] = {};
   std::string failure;
-  std::map<const void*, std::unique_ptr<char[]>> variables;
+  const std::unique_ptr<char[]> variable_memory = std::make_unique<char[]>(2 * kMostShared);
+  size_t variable_bytes = 0;
+  std::map<const void*, char*> variables;
   size_t threads() const { return grid.threads.count(); }
 };
 
@@ -217,10 +220,24 @@ Index unravel(size_t number, const Index& size) {
           unsigned(number / size.x / size.y)};
 }
 
+// Filled here rather than by the first thread to use them, which would be a race with the others.
+void clear_variables() {
+  scheduler.variables.clear();
+  scheduler.variable_bytes = 0;
+  char* memory = scheduler.variable_memory.get();
+#ifdef GPU_ASAN
+  __asan_unpoison_memory_region(memory, 2 * kMostShared);
+#endif
+  memset(memory, 0xFF, 2 * kMostShared);
+#ifdef GPU_ASAN
+  __asan_poison_memory_region(memory, 2 * kMostShared);
+#endif
+}
+
 void run_block(size_t number) {
   scheduler.index = unravel(number, scheduler.grid.blocks);
   scheduler.done = scheduler.at_barrier = 0;
-  scheduler.variables.clear();
+  clear_variables();
   scheduler.ready.clear();
   for (size_t i = 0; i < scheduler.threads(); ++i) {
     Fiber& fiber = scheduler.fibers[i];
@@ -453,12 +470,16 @@ uint32_t reduce(Fold fold, uint32_t value, uint32_t mask, int site) {
 }
 
 char* shared_variable(const void* identity, size_t bytes) {
-  auto& memory = scheduler.variables[identity];
-  if (!memory) {
-    memory = std::make_unique<char[]>(bytes);
-    memset(memory.get(), 0xFF, bytes);
-  }
-  return memory.get();
+  char*& variable = scheduler.variables[identity];
+  if (variable) return variable;
+  variable = scheduler.variable_memory.get() + scheduler.variable_bytes;
+  constexpr size_t kApart = 32;  // so that a sanitizer sees what goes beyond the end
+  scheduler.variable_bytes += (bytes + 2 * kApart) / kApart * kApart;
+  if (scheduler.variable_bytes > 2 * kMostShared) fail("%zu bytes of shared memory", bytes);
+#ifdef GPU_ASAN
+  __asan_unpoison_memory_region(variable, bytes);
+#endif
+  return variable;
 }
 
 }  // namespace gpu
