@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,16 @@ def positions(rows: int, n: int, share: float = 0.7, seed: int = 1) -> Tensor:
     if rows > 1:
         valid[0], valid[-1] = True, False
     return valid
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """The processor takes denormal numbers for zero, in this thread."""
+    assert torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def assert_chosen(

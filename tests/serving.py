@@ -1,4 +1,4 @@
-"""Who serves a test: a backend that has the kernel, or one that leaves gradients to the library."""
+"""A backend for tests that leaves gradients to the library."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import pytest
-
 from syncmask_kernels import backends
 from syncmask_kernels.backends.eager import KERNELS
 from syncmask_kernels.backends.kernel import Kernel
-
-
-def needs_kernels(backend: str, *ops: str) -> None:
-    """Skip a test of `ops` on a backend that has no kernel for one of them."""
-    for op in ops:
-        reason = backends.refusal(backend, op, "cpu")
-        if reason is not None:
-            pytest.skip(f"backend {backend!r}: {reason}")
 
 
 @contextmanager

@@ -12,7 +12,16 @@ from torch import Tensor
 
 import syncmask_kernels as smk
 from reference.ops import selection as oracle
-from tests.selection_cases import INF, KINDS, NAN, SIZES, adversarial, assert_chosen, positions
+from tests.selection_cases import (
+    INF,
+    KINDS,
+    NAN,
+    SIZES,
+    adversarial,
+    assert_chosen,
+    flushed_denormals,
+    positions,
+)
 
 ROWS = len(KINDS)
 
@@ -79,11 +88,8 @@ def test_few_values(rows: list[list[float]], k: int, largest: bool, seed: int) -
 @pytest.mark.parametrize("n", [5, 197, 1024])
 def test_flushing_denormals_to_zero_changes_nothing(backend: str, n: int, largest: bool) -> None:
     scores, valid = adversarial(ROWS, n), positions(ROWS, n)
-    assert torch.set_flush_denormal(True)
-    try:
+    with flushed_denormals():
         chosen = smk.topk_mask(scores, k=n // 2, valid=valid, largest=largest)
-    finally:
-        torch.set_flush_denormal(False)
     assert_chosen(chosen.mask, chosen.ids, scores, valid, k=n // 2, largest=largest)
 
 

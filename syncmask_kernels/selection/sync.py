@@ -94,6 +94,8 @@ def _request(
         _checks.same_device(of, scores, name, attn)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
+    if tokens == 0:  # there is no row of CLS to read, and both rules give 0
+        scoring = scoring._replace(patch_score="mean")
     ratios = (
         None if patch_k is not None else patch_ratio,
         None if token_k is not None else token_ratio,
@@ -346,10 +348,7 @@ def sync_topk_mask_qk(
                 token_valid,
                 patch_valid,
                 factor,
-                patch_score,
-                token_score,
-                skip_keys,
-                cls_index,
+                *request.scoring[4:],
             )
         )
         request = request._replace(

@@ -127,7 +127,7 @@ def sync_scores(scoring: Scoring) -> tuple[Tensor, Tensor]:
     valid = _token_valid(scoring)
     mean = _patch_mean(scoring)
     if scoring.patch_score == "cls":
-        patch = mean[:, scoring.cls_index : scoring.cls_index + 1].sum(dim=1)  # T may be 0
+        patch = mean[:, scoring.cls_index]
     else:
         words = valid.sum(dim=-1, keepdim=True).clamp(min=1)
         patch = mean.masked_fill(~valid.unsqueeze(-1), 0.0).sum(dim=1) / words
@@ -159,7 +159,7 @@ def sync_scores_backward(
     patch_grad = patch_grad / (layers * heads)
     grad_mean = torch.zeros_like(mean)
     if scoring.patch_score == "cls":
-        grad_mean[:, scoring.cls_index : scoring.cls_index + 1] = patch_grad.unsqueeze(1)
+        grad_mean[:, scoring.cls_index] = patch_grad
     else:
         words = valid.sum(dim=-1, keepdim=True).clamp(min=1)
         grad_mean += (patch_grad / words).unsqueeze(1) * valid.unsqueeze(-1)
