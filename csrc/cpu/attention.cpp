@@ -23,16 +23,11 @@ namespace syncmask::cpu {
 #define SYNCMASK_ADD_HEAD(T)                                                                      \
   SYNCMASK_CLONES void add_head(const HeadRows<T>& q, const HeadRows<T>& k, const HeadRows<T>* v, \
                                 const bool* key_valid, float scale, int64_t width,                \
-                                const AttentionRoom& room, float* means, T* output,               \
-                                int64_t output_row) {                                             \
+                                const AttentionRoom& room, float* means, T* output) {             \
     head_logits(q, k, key_valid, scale, width, room);                                             \
     exponentials(room.logits, k.rows, width, room.factors);                                       \
     add_probabilities(room.logits, room.factors, k.rows, width, means);                           \
-    if (v == nullptr) return;                                                                     \
-    const Matrix values = as_matrix(v->data, v->row, v->column, v->rows, v->columns, room.rows);  \
-    const Matrix columns{values.data, values.column, values.row};                                 \
-    product(columns, v->columns, room.logits, width, v->rows, room.output);                       \
-    unpack(room.output, width, q.rows, v->columns, room.factors, output, output_row);             \
+    if (v) weigh_values(*v, q.rows, width, room, output);                                         \
   }
 
 #define SYNCMASK_OUTPUT(T)                                                                        \
@@ -80,9 +75,8 @@ void attend(const Tensor& q, const Tensor& k, const Tensor* v, const MaybeTensor
   const Rows<bool> valid(key_valid, keys);
   torch::stable::parallel_for(0, batch * blocks, 1, [&](int64_t begin, int64_t end) {
     const int64_t widest = padded(std::min(tokens, kWords));
-    const bool widen = !std::is_same_v<T, float>;
     std::vector<float> queries(dim * widest), logits(keys * widest), means(keys * widest);
-    std::vector<float> rows(widen ? keys * std::max(dim, out_dim) : 0), out(out_dim * widest);
+    std::vector<float> rows(keys * std::max(dim, padded(out_dim))), out(widest * padded(out_dim));
     std::vector<float> factors(widest), share(widest, 1.0f / static_cast<float>(layers * heads));
     const AttentionRoom room{queries.data(), rows.data(), logits.data(), out.data(),
                              factors.data()};
@@ -103,7 +97,7 @@ void attend(const Tensor& q, const Tensor& k, const Tensor* v, const MaybeTensor
           written = data<T>(*output) + ((b * heads + h) * tokens + t) * out_dim;
         }
         add_head(queries_of, keys_of, v ? &values_of : nullptr, valid.row(b), scale, width, room,
-                 means.data(), written, out_dim);
+                 means.data(), written);
       }
       write_map(means.data() + skip_keys * width, width, words, patches, share.data(),
                 data<float>(map) + (b * tokens + t) * patches);

@@ -12,9 +12,9 @@ namespace syncmask::cpu {
 
 #define SYNCMASK_SCORE_ROW(T)                                                              \
   SYNCMASK_CLONES void score_row(const Attention<T>& attention, float* patch_scores,       \
-                                 float* token_scores, int64_t* words, float* means,        \
+                                 float* token_scores, int64_t* words, float* sums,         \
                                  float* totals, float* factors, float* shares) {           \
-    score_mean(attention, patch_scores, token_scores, words, means);                       \
+    score_mean(attention, patch_scores, token_scores, words, sums);                        \
     if (attention.rule != TokenRule::kMax) {                                               \
       score_shares(attention, token_scores, totals, factors, shares);                      \
     }                                                                                      \
@@ -110,7 +110,7 @@ void sync_rows(const Tensor& attn, const Rows<float>& lse, const Rule& rule, con
     std::vector<float> lse_row(lse.data() ? planes.size() * token.positions : 0);
     const bool shared = rule.token_rule != 0 && token.given.data() == nullptr;
     std::vector<int64_t> read(token.positions);
-    std::vector<float> means(token.positions * patch.positions);
+    std::vector<float> sums(token.positions * patch.positions);
     std::vector<float> totals(shared ? patch.positions : 0), factors(shared ? token.positions : 0);
     std::vector<float> shares(totals.size() * factors.size());
     for (int64_t b = begin; b < end; ++b) {
@@ -137,7 +137,7 @@ void sync_rows(const Tensor& attn, const Rows<float>& lse, const Rule& rule, con
                                      rule.cls_row,
                                      wanted};
         syncmask::cpu::score_row(attention, patch_scores, token_scores, read.data(),
-                                 means.data(), totals.data(), factors.data(), shares.data());
+                                 sums.data(), totals.data(), factors.data(), shares.data());
       }
       if (patch.given.data()) std::copy_n(patch.given.row(b), patch.positions, patch_scores);
       if (token.given.data()) std::copy_n(token.given.row(b), token.positions, token_scores);

@@ -36,8 +36,8 @@ constexpr int64_t kPatches = 64;  // of a block, whose similarities stay in the 
                                      float* rows, float* similarity, float* scores,              \
                                      int64_t* ids) {                                             \
     const Matrix left = as_matrix(patches.data, patches.row, patches.column, patches.rows,       \
-                                  patches.columns, rows);                                        \
-    product(left, patches.rows, tokens, width, patches.columns, similarity);                     \
+                                  patches.columns, 1, rows);                                     \
+    product(left, patches.rows, tokens, width, width, patches.columns, similarity, width);       \
     for (int64_t p = 0; p < patches.rows; ++p) {                                                 \
       best_token(similarity + p * width, valid, words, scores + p, ids + p);                     \
     }                                                                                            \
@@ -81,7 +81,7 @@ void score(const Tensor& q, const Tensor& k, const Rows<float>& distance,
     const int64_t width = padded(tokens), size = keys * width;
     const bool shared = rule.token != TokenRule::kMax;
     std::vector<float> queries(dim * width), logits(size), factors(width), counted(width);
-    std::vector<float> rows(std::is_same_v<T, float> ? 0 : keys * dim);
+    std::vector<float> rows(keys * dim);
     std::vector<float> means(size), share(shared ? size : 0), shares(shared ? size : 0);
     std::vector<float> weighted(distance.data() ? size : 0);
     const AttentionRoom room{queries.data(), rows.data(), logits.data(), nullptr, factors.data()};
@@ -115,7 +115,7 @@ void match(const Tensor& patches, const Tensor& tokens, const Rows<bool>& valid,
   const int64_t words = tokens.size(1), width = padded(words);
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> packed(dim * width), similarity(kPatches * width);
-    std::vector<float> rows(std::is_same_v<T, float> ? 0 : kPatches * dim);
+    std::vector<float> rows(kPatches * dim);
     for (int64_t b = begin; b < end; ++b) {
       const HeadRows<T> words_of{static_cast<const T*>(tokens.const_data_ptr()) + b * tokens.stride(0),
                                  tokens.stride(1), tokens.stride(2), words, dim};

@@ -21,12 +21,12 @@ struct HeadRows {
   int64_t row, column, rows, columns;
 };
 
-// What a thread needs beside the outputs; `values` only where there are values.
+// What a thread needs beside the outputs.
 struct AttentionRoom {
   float* queries;  // [D, width]
-  float* rows;     // [S, max(D, E)], of keys or values that are not float32
+  float* rows;     // [S, max(D, padded(E))], of keys or values that are no vectors of floats
   float* logits;   // [S, width]
-  float* output;   // [E, width]
+  float* output;   // [T, padded(E)], where there are values
   float* factors;  // [width]
 };
 
@@ -35,8 +35,8 @@ template <typename T>
 SYNCMASK_INLINE void head_logits(const HeadRows<T>& q, const HeadRows<T>& k, const bool* key_valid,
                                  float scale, int64_t width, const AttentionRoom& room) {
   pack(q.data, q.row, q.column, q.rows, q.columns, scale, room.queries, width);
-  const Matrix keys = as_matrix(k.data, k.row, k.column, k.rows, k.columns, room.rows);
-  product(keys, k.rows, room.queries, width, k.columns, room.logits);
+  const Matrix keys = as_matrix(k.data, k.row, k.column, k.rows, k.columns, 1, room.rows);
+  product(keys, k.rows, room.queries, width, width, k.columns, room.logits, width);
   for (int64_t s = 0; key_valid && s < k.rows; ++s) {
     if (!key_valid[s]) std::fill_n(room.logits + s * width, width, -INFINITY);
   }
@@ -75,6 +75,21 @@ SYNCMASK_INLINE void add_probabilities(const float* exponentials, const float* f
       widen(means + i, mean);
       store(mean + value * factor, means + i);
     }
+  }
+}
+
+// output [T, E]: the probabilities times the values.
+template <typename T>
+SYNCMASK_INLINE void weigh_values(const HeadRows<T>& v, int64_t words, int64_t width,
+                                  const AttentionRoom& room, T* output) {
+  const int64_t columns = padded(v.columns);
+  const Matrix values = as_matrix(v.data, v.row, v.column, v.rows, v.columns, kLanes, room.rows);
+  const Matrix weights{room.logits, 1, width};
+  product(weights, words, values.data, values.row, columns, v.rows, room.output, columns);
+  for (int64_t t = 0; t < words; ++t) {
+    const float* sums = room.output + t * columns;
+    const float factor = room.factors[t];
+    for (int64_t e = 0; e < v.columns; ++e) narrow(sums[e] * factor, output + t * v.columns + e);
   }
 }
 

@@ -1,8 +1,9 @@
-// Matrix products of tiles: C[m, lane] = sum over k of A[m, k] * B[k, lane], with the lanes of B (the
-// words) side by side in vectors, so that what follows runs down the rows without shuffles.
+// Matrix products of tiles: C[m, n] = sum over k of A[m, k] * B[k, n], eight n side by side in a
+// vector. Where n are the words, what follows runs down the rows without shuffles.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "syncmask/vector.h"
 
@@ -18,70 +19,72 @@ namespace syncmask {
 struct Matrix {
   const float* data;
   int64_t row, column;
+
+  SYNCMASK_INLINE Matrix from(int64_t m, int64_t k) const {
+    return {data + m * row + k * column, row, column};
+  }
 };
 
-constexpr int64_t kDepth = 256;  // rows of B that stay in the first cache beside A
+constexpr int kRows = 6;        // with two vectors of B they fill the sixteen registers of AVX2
+constexpr int64_t kDepth = 64;  // rows of B that stay in the first cache beside A and C
 
-template <int kRows, int kVectors>
-SYNCMASK_INLINE void product_block(const Matrix& a, const float* b, int64_t width, int64_t depth,
-                                   bool add, float* c) {
-  Floats sums[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[m][v] = Floats{};
-      if (add) widen(c + m * width + v * kLanes, sums[m][v]);
-    }
-  }
+// A block of C in registers; its first `known` rows are left as they are.
+template <int kCount, int kVectors>
+SYNCMASK_INLINE void product_block(const Matrix& a, const float* b, int64_t b_row, int64_t depth,
+                                   bool add, int known, float* c, int64_t c_row) {
+  Floats sums[kCount][kVectors] = {};
   const float* left = a.data;
-  for (int64_t k = 0; k < depth; ++k, left += a.column, b += width) {
+  for (int64_t k = 0; k < depth; ++k, left += a.column, b += b_row) {
     Floats right[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) widen(b + v * kLanes, right[v]);
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < kCount; ++m) {
       const float factor = left[m * a.row];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[m][v] += factor * right[v];
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
+  for (int m = 0; m < kCount; ++m) {
+    if (m < known) continue;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums[m][v], c + m * width + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      float* place = c + m * c_row + v * kLanes;
+      Floats before = {};
+      if (add) widen(place, before);
+      store(before + sums[m][v], place);
+    }
   }
 }
 
-// All rows of A by some vectors of B, kRows rows at a time; the last rows are computed twice where
-// kRows does not divide.
-template <int kRows, int kVectors>
-SYNCMASK_INLINE void product_columns(const Matrix& a, int64_t rows, const float* b, int64_t width,
-                                     int64_t depth, bool add, float* c) {
-  int64_t done = 0;
-  for (; done + kRows <= rows; done += kRows) {
-    product_block<kRows, kVectors>({a.data + done * a.row, a.row, a.column}, b, width, depth, add,
-                                   c + done * width);
+template <int kCount>
+SYNCMASK_INLINE void product_rows(const Matrix& a, const float* b, int64_t b_row, int64_t columns,
+                                  int64_t depth, bool add, int known, float* c, int64_t c_row) {
+  int64_t n = 0;
+  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
+    product_block<kCount, 2>(a, b + n, b_row, depth, add, known, c + n, c_row);
   }
-  for (; done < rows; ++done) {
-    product_block<1, kVectors>({a.data + done * a.row, a.row, a.column}, b, width, depth, add,
-                               c + done * width);
-  }
+  if (n < columns) product_block<kCount, 1>(a, b + n, b_row, depth, add, known, c + n, c_row);
 }
 
-// C [rows, width] = A [rows, depth] B [depth, width]; width is a multiple of kLanes.
-SYNCMASK_INLINE void product(const Matrix& a, int64_t rows, const float* b, int64_t width,
-                             int64_t depth, float* c) {
-  if (depth == 0) std::fill_n(c, rows * width, 0.0f);
+// C [rows, columns] = A [rows, depth] B [depth, columns], columns a multiple of kLanes. The rows of B
+// and C are b_row and c_row apart.
+SYNCMASK_INLINE void product(const Matrix& a, int64_t rows, const float* b, int64_t b_row,
+                             int64_t columns, int64_t depth, float* c, int64_t c_row) {
+  for (int64_t m = 0; depth == 0 && m < rows; ++m) std::fill_n(c + m * c_row, columns, 0.0f);
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t part = std::min(kDepth, depth - k);
-    const Matrix left{a.data + k * a.column, a.row, a.column};
-    int64_t lane = 0;
-    for (; lane + 2 * kLanes <= width; lane += 2 * kLanes) {
-      product_columns<6, 2>(left, rows, b + k * width + lane, width, part, k > 0, c + lane);
+    const float* right = b + k * b_row;
+    const int64_t single = rows < kRows ? rows : 0;
+    for (int64_t m = 0; m < single; ++m) {
+      product_rows<1>(a.from(m, k), right, b_row, columns, part, k > 0, 0, c + m * c_row, c_row);
     }
-    if (lane < width) {
-      product_columns<12, 1>(left, rows, b + k * width + lane, width, part, k > 0, c + lane);
+    // The last block goes back over rows that are known already.
+    for (int64_t next = single; next < rows; next += kRows) {
+      const int64_t m = std::min(next, rows - kRows);
+      product_rows<kRows>(a.from(m, k), right, b_row, columns, part, k > 0,
+                          static_cast<int>(next - m), c + m * c_row, c_row);
     }
   }
 }
@@ -168,27 +171,27 @@ SYNCMASK_INLINE void unpack(const float* from, int64_t width, int64_t rows, int6
   }
 }
 
-// Rows as floats: where they are, or widened into `room` [rows, columns].
+// Rows as floats [rows, columns]: where they are, if their columns are neighbours and fill vectors of
+// `lanes`, else copied into `room`, whose rows are padded with zeros to a multiple of `lanes`.
 template <typename T>
 SYNCMASK_INLINE Matrix as_matrix(const T* from, int64_t row, int64_t column, int64_t rows,
-                                 int64_t columns, float* room) {
+                                 int64_t columns, int64_t lanes, float* room) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (column == 1 && columns % lanes == 0) return {from, row, 1};
+  }
+  const int64_t width = (columns + lanes - 1) / lanes * lanes;
   for (int64_t r = 0; r < rows; ++r) {
     const T* values = from + r * row;
-    float* wide = room + r * columns;
+    float* wide = room + r * width;
     int64_t c = 0;
     for (; column == 1 && c + kLanes <= columns; c += kLanes) {
       Floats value;
       widen(values + c, value);
       store(value, wide + c);
     }
-    for (; c < columns; ++c) wide[c] = widen(values[c * column]);
+    for (; c < width; ++c) wide[c] = c < columns ? widen(values[c * column]) : 0.0f;
   }
-  return {room, columns, 1};
-}
-
-SYNCMASK_INLINE Matrix as_matrix(const float* from, int64_t row, int64_t column, int64_t, int64_t,
-                                 float*) {
-  return {from, row, column};
+  return {room, width, 1};
 }
 
 }  // namespace syncmask

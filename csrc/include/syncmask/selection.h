@@ -135,53 +135,55 @@ struct Attention {
   }
 };
 
-// Turns sums over planes into head means, 0 at excluded patches; returns the largest, NaN where
-// there is one.
+// The largest of a row of sums over planes, 0 standing for excluded patches (where the row is set to
+// it); NaN where there is one. Where `totals` is given, the row is added to it.
 template <typename T>
-SYNCMASK_INLINE float finish_means(const Attention<T>& a, float* means) {
-  const float planes = static_cast<float>(a.planes.count);
+SYNCMASK_INLINE float take_row(const Attention<T>& a, float* row, float* totals) {
   if (a.patch_valid) {
-    for (int64_t p = 0; p < a.patches; ++p) means[p] = a.patch_valid[p] ? means[p] : 0.0f;
+    for (int64_t p = 0; p < a.patches; ++p) row[p] = a.patch_valid[p] ? row[p] : 0.0f;
   }
   Maximum maximum;
+  Floats sum, total;
   int64_t p = 0;
   for (; p + kLanes <= a.patches; p += kLanes) {
-    Floats mean;
-    widen(means + p, mean);
-    mean /= planes;
-    store(mean, means + p);
-    maximum.take(mean);
+    widen(row + p, sum);
+    maximum.take(sum);
+    if (totals == nullptr) continue;
+    widen(totals + p, total);
+    store(total + sum, totals + p);
   }
   float best = maximum.value();
-  for (; p < a.patches; ++p) best = larger(best, means[p] /= planes);
+  for (; p < a.patches; ++p) {
+    best = larger(best, row[p]);
+    if (totals) totals[p] += row[p];
+  }
   return best;
 }
 
 // patch_scores becomes the mean over valid words of the head mean, or its CLS row; token_scores its
 // maximum over patches where the rule is kMax. Reads the row of a valid word once, and no other row
-// but that of the CLS. Of the rows below `words` holds a number a word, `means` a float a word and
+// but that of the CLS. Of the rows below `words` holds a number a word, `sums` a float a word and
 // patch.
 template <typename T>
 SYNCMASK_INLINE void score_mean(const Attention<T>& a, float* patch_scores, float* token_scores,
-                                int64_t* words, float* means) {
+                                int64_t* words, float* sums) {
   const bool by_max = a.rule == TokenRule::kMax && a.patches > 0;
   int64_t read = 0, summed = 0;
   for (int64_t t = 0; t < a.tokens; ++t) {
     token_scores[t] = 0.0f;
     if ((a.counts(t) && (by_max || a.cls_row < 0)) || t == a.cls_row) words[read++] = t;
   }
-  sum_planes(a.planes, words, read, a.patches, means);
+  sum_planes(a.planes, words, read, a.patches, sums);
   std::memset(patch_scores, 0, a.patches * sizeof(float));
+  const float planes = static_cast<float>(a.planes.count);
   for (int64_t i = 0; i < read; ++i) {
-    float* row = means + i * a.patches;
-    const float best = finish_means(a, row);
-    if (by_max && a.counts(words[i])) token_scores[words[i]] = best;
-    if (a.cls_row >= 0 && words[i] != a.cls_row) continue;
-    for (int64_t p = 0; p < a.patches; ++p) patch_scores[p] += row[p];
-    ++summed;
+    const bool summed_too = a.cls_row < 0 || words[i] == a.cls_row;
+    const float best = take_row(a, sums + i * a.patches, summed_too ? patch_scores : nullptr);
+    if (by_max && a.counts(words[i])) token_scores[words[i]] = best / planes;
+    summed += summed_too;
   }
-  if (summed < 2) return;
-  for (int64_t p = 0; p < a.patches; ++p) patch_scores[p] /= static_cast<float>(summed);
+  const float divisor = planes * static_cast<float>(summed);
+  for (int64_t p = 0; summed > 0 && p < a.patches; ++p) patch_scores[p] /= divisor;
 }
 
 // The factor that turns a probability of each word into its unnormalised weight among words:
@@ -231,8 +233,8 @@ SYNCMASK_INLINE void score_shares(const Attention<T>& a, float* token_scores, fl
   for (int64_t t = 0; t < a.tokens; ++t) {
     if (!a.counts(t) || a.patches == 0) continue;
     float* row = shares + t * a.patches;
-    const float best = finish_means(a, row);
-    token_scores[t] = dual ? sum(row, a.patches) : best;
+    const float best = take_row(a, row, nullptr);
+    token_scores[t] = (dual ? sum(row, a.patches) : best) / static_cast<float>(a.planes.count);
   }
 }
 
