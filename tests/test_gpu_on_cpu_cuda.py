@@ -1,4 +1,4 @@
-"""CUDA sources on the CPU, compiled by g++ and from nvcc's PTX: right answers, and defects found."""
+"""CUDA sources on the CPU, compiled by g++ or run from PTX: right answers, and defects found."""
 
 from __future__ import annotations
 

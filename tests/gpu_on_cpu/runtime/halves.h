@@ -45,7 +45,7 @@ struct Half {
     } else {
       int exponent;
       std::frexp(size, &exponent);
-      exponent = exponent < -13 ? -13 : exponent;  // below that the steps stay as they are
+      if (size < 0x1p-14) exponent = -13;  // below that the steps stay as they are
       const double steps = std::nearbyint(std::ldexp(size, 11 - exponent));
       // A carry out of the steps raises the exponent, as it should.
       word = uint16_t(sign | (uint16_t(steps) + ((exponent + 13) << 10)));

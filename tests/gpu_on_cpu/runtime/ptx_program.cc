@@ -115,13 +115,15 @@ Traffic Program::run(const Index& blocks, const Index& threads, size_t dynamic_s
   Memory memory(std::move(ranges), grid.shared_bytes);
   memory.progress.resize(threads.count());
   std::vector<uint64_t> registers(threads.count() * slots_);
-  std::vector<uint64_t> local(threads.count() * (local_bytes_ / 8 + 1));
+  using Chunk = unsigned __int128;  // the largest alignment that a vector access asks for
+  const size_t local_chunks = local_bytes_ / sizeof(Chunk) + 1;
+  std::vector<Chunk> local(threads.count() * local_chunks);
   const auto run_thread = [&] {
     Machine machine{&registers[thread->number * slots_], &memory};
     std::fill_n(machine.slots, slots_, ~uint64_t(0));
     for (const auto& [slot, value] : constants_) machine.slots[slot] = value;
     for (const auto& [slot, name] : specials_) {
-      const auto* own_local = &local[thread->number * (local_bytes_ / 8 + 1)];
+      const auto* own_local = &local[thread->number * local_chunks];
       machine.slots[slot] = name == "param"   ? reinterpret_cast<uint64_t>(parameters.data())
                             : name == "local" ? reinterpret_cast<uint64_t>(own_local)
                                               : special(name);
