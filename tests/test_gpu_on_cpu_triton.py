@@ -14,13 +14,15 @@ from syncmask_kernels.backends import triton as backend
 from tests.accuracy import assert_as_accurate
 from tests.gpu_on_cpu import build
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if backend.INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 if missing := build.missing():
     pytest.skip(missing, allow_module_level=True)
 
-from tests.gpu_on_cpu.triton_launch import triton_on_cpu
+import triton.language as tl  # noqa: E402
+
+from tests.gpu_on_cpu.triton_launch import triton_on_cpu  # noqa: E402
 
 NAN, INF = float("nan"), float("inf")
 Call = tuple[Callable[..., Any], dict[str, Any]]
@@ -141,3 +143,43 @@ def test_sync_topk_mask_reads_attention_once(dtype: torch.dtype, arch: int) -> N
     sectors = sum(launch.sectors_read + launch.sectors_written for launch in traffic)
     assert floor * 256 / 257 <= moved <= 1.1 * floor
     assert floor * 256 / 257 <= 32 * sectors <= 1.1 * floor
+
+
+@triton.jit
+def product_kernel(
+    a, b, c, K,
+    M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """c [M, N] = a [M, K] b [K, N], in blocks of K that are copied ahead."""
+    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
+    total = tl.zeros((M, N), tl.float32)
+    for start in tl.range(0, K, BLOCK, num_stages=3):
+        left = tl.load(a + rows[:, None] * K + (start + inner)[None, :])
+        right = tl.load(b + (start + inner)[:, None] * N + columns[None, :])
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    tl.store(c + rows[:, None] * N + columns[None, :], total)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.float16, "ieee"),
+        (torch.bfloat16, "ieee"),
+        (torch.float32, "tf32"),
+        (torch.float32, "ieee"),
+    ],
+)
+def test_matrix_products(dtype: torch.dtype, precision: str) -> None:
+    """mma.sync, ldmatrix and cp.async, for inputs that the instructions take as they are."""
+    a, b = (torch.randn(shape, generator=seeded()).to(dtype) for shape in ((32, 96), (96, 16)))
+    if precision == "tf32":
+        a, b = (x.bfloat16().float() for x in (a, b))
+    c = torch.full((32, 16), NAN)
+    with triton_on_cpu(80) as traffic:
+        options = {"num_warps": 2, "enable_fp_fusion": False}
+        product_kernel[(1,)](a, b, c, 96, 32, 16, 32, precision, **options)
+    exact = a.double() @ b.double()
+    size = a.double().abs() @ b.double().abs()
+    assert ((c - exact).abs() <= 4 * 2.0**-24 * size).all()
+    assert traffic[0].bytes_written == c.nbytes
+    assert traffic[0].sectors_read == (a.nbytes + b.nbytes) / 32
