@@ -6,8 +6,6 @@ GPU these tests need a process of their own: ``TRITON_INTERPRET=1 pytest <this f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -20,51 +18,11 @@ from reference.ops import selection as oracle
 from syncmask_kernels.backends import BackendError, triton
 from tests.accuracy import assert_as_accurate
 from tests.compiling import assert_compiles_once
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if triton.unavailable(DEVICE) is not None:
-    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
+from tests.on_triton import DEVICE, seeded, serve
 
 NAN, INF = float("nan"), float("inf")
 RULES = [(p, t) for p in ("mean", "cls") for t in ("max", "text_softmax", "dual")]
 SCORES = ("patch_scores", "token_scores")
-GUARD = 64
-POISON = {torch.float32: NAN, torch.bool: True, torch.int64: -7}
-
-
-@contextmanager
-def guarded_outputs() -> Iterator[None]:
-    """Memory starts out filled with what is wrong, between guards that nothing may write to."""
-    buffers = []
-
-    def empty(size: Any, *, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
-        count = torch.Size(size).numel()
-        buffers.append(torch.full((count + 2 * GUARD,), POISON[dtype], dtype=dtype, device=device))
-        return buffers[-1][GUARD : GUARD + count].view(size)
-
-    with mock.patch.object(torch, "empty", empty):
-        yield
-    for buffer in buffers:
-        outside = torch.cat([buffer[:GUARD], buffer[-GUARD:]])
-        wanted = torch.full_like(outside, POISON[buffer.dtype])
-        torch.testing.assert_close(outside, wanted, rtol=0, atol=0, equal_nan=True)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def serve(op: Any, backend: str, arguments: dict[str, Any]) -> Any:
-    """The answer on the CPU, to arguments on the CPU."""
-    moved = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    with smk.use_backend(backend):
-        if backend == "triton":
-            with guarded_outputs():
-                answer = op(**moved)
-        else:
-            answer = op(**moved)
-    return type(answer)(*(t.cpu() for t in answer))
-
 
 # ---- topk_mask ----
 

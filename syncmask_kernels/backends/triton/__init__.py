@@ -8,17 +8,89 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncmask_kernels.backends.kernel import Kernel
-from syncmask_kernels.backends.request import Count, Selection, SyncRequest
+from syncmask_kernels.backends.request import Count, ScoringQK, Selection, SyncRequest
 
 MAX_POSITIONS = 8192  # a row of keys is held by one program
 MAX_SHARED_WORDS = 512  # likewise the words, for the rules that normalise over them
+MAX_SHARED_QUERIES = 128  # likewise, where their queries are held too
+MAX_HEAD_DIM = 128  # the columns of a head are all held at once
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _INSTALLED = find_spec("triton") is not None
+
+
+def _refuses_type(tensor: Tensor) -> str | None:
+    if tensor.dtype == torch.float64:
+        return "float64 (it computes in float32)"
+    return None
+
+
+def _refuses_products(tensor: Tensor) -> str | None:
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        return "bfloat16 products (Triton's interpreter gets them wrong)"
+    return _refuses_type(tensor)
+
+
+def _refuses_attention(q: Tensor) -> str | None:
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"heads of {q.shape[-1]} columns (at most {MAX_HEAD_DIM})"
+    return _refuses_products(q)
+
+
+def _refuses_topk_mask(scores: Tensor) -> str | None:
+    if scores.shape[-1] > MAX_POSITIONS:
+        return f"rows of {scores.shape[-1]} positions (at most {MAX_POSITIONS})"
+    return _refuses_type(scores)
+
+
+def _refuses_sides(
+    tokens: int, patches: int, token_score: str | None, most_words: int
+) -> str | None:
+    if max(tokens, patches) > MAX_POSITIONS:
+        return f"{max(tokens, patches)} positions on one side (at most {MAX_POSITIONS})"
+    if token_score not in (None, "max") and tokens > most_words:
+        return f"token_score={token_score!r} over {tokens} words (at most {most_words})"
+    return None
+
+
+def _refuses_sync_topk_mask(request: SyncRequest) -> str | None:
+    scoring = request.scoring
+    for given in (scoring.attn, request.patch_scores, request.token_scores):
+        if given is not None and _refuses_type(given):
+            return _refuses_type(given)
+    tokens, patches = scoring.attn.shape[3], scoring.attn.shape[4] - scoring.skip_keys
+    rule = None if request.token_scores is not None else scoring.token_score
+    return _refuses_sides(tokens, patches, rule, MAX_SHARED_WORDS)
+
+
+def _refuses_sync_scores_qk(scoring: ScoringQK) -> str | None:
+    tokens, patches = scoring.q.shape[3], scoring.k.shape[3] - scoring.skip_keys
+    return _refuses_attention(scoring.q) or _refuses_sides(
+        tokens, patches, scoring.token_score, MAX_SHARED_QUERIES
+    )
+
+
+def _head_average(attn: Tensor, skip_keys: int) -> Tensor:
+    from syncmask_kernels.backends.triton import attention
+
+    return attention.head_average(attn, skip_keys)
+
+
+def _attention_map(*request: Any) -> Tensor:
+    from syncmask_kernels.backends.triton import attention
+
+    return attention.attention_map(*request)
+
+
+def _attention_with_map(*request: Any) -> tuple[Tensor, Tensor]:
+    from syncmask_kernels.backends.triton import attention
+
+    return attention.attention_with_map(*request)
 
 
 def _topk_mask(
@@ -35,33 +107,28 @@ def _sync_topk_mask(request: SyncRequest) -> Selection:
     return selection.sync_topk_mask(request)
 
 
-def _refuses_topk_mask(scores: Tensor) -> str | None:
-    if scores.dtype == torch.float64:
-        return "float64 scores (it computes in float32)"
-    if scores.shape[-1] > MAX_POSITIONS:
-        return f"rows of {scores.shape[-1]} positions (at most {MAX_POSITIONS})"
-    return None
+def _sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
+    from syncmask_kernels.backends.triton import scores
+
+    return scores.sync_scores_qk(scoring)
 
 
-def _refuses_sync_topk_mask(request: SyncRequest) -> str | None:
-    scoring = request.scoring
-    for given in (scoring.attn, request.patch_scores, request.token_scores):
-        if given is not None and given.dtype == torch.float64:
-            return "float64 attention or scores (it computes in float32)"
-    tokens, patches = scoring.attn.shape[3], scoring.attn.shape[4] - scoring.skip_keys
-    if max(tokens, patches) > MAX_POSITIONS:
-        return f"{max(tokens, patches)} positions on one side (at most {MAX_POSITIONS})"
-    shared = scoring.token_score != "max" and request.token_scores is None
-    if shared and tokens > MAX_SHARED_WORDS:
-        return (
-            f"token_score={scoring.token_score!r} over {tokens} words (at most {MAX_SHARED_WORDS})"
-        )
-    return None
+def _max_similarity(
+    patches: Tensor, tokens: Tensor, token_valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from syncmask_kernels.backends.triton import scores
+
+    return scores.max_similarity(patches, tokens, token_valid)
 
 
 KERNELS = {
+    "head_average": Kernel(_head_average, _refuses_type),
+    "attention_map": Kernel(_attention_map, _refuses_attention),
+    "attention_with_map": Kernel(_attention_with_map, _refuses_attention),
     "topk_mask": Kernel(_topk_mask, _refuses_topk_mask),
     "sync_topk_mask": Kernel(_sync_topk_mask, _refuses_sync_topk_mask),
+    "sync_scores_qk": Kernel(_sync_scores_qk, _refuses_sync_scores_qk),
+    "max_similarity": Kernel(_max_similarity, _refuses_products),
 }
 
 

@@ -11,42 +11,26 @@ from torch import Tensor
 from syncmask_kernels.backends import overloads
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Selection, SyncRequest
 from syncmask_kernels.backends.triton import INTERPRETED
-from syncmask_kernels.backends.triton.launch import Launch, run
-from syncmask_kernels.backends.triton.selection_kernels import (
-    score_kernel,
-    select_kernel,
-    topk_kernel,
-)
+from syncmask_kernels.backends.triton.launch import Launch, block, contiguous, run, strides, warps
+from syncmask_kernels.backends.triton.score_kernels import score_kernel
+from syncmask_kernels.backends.triton.selection_kernels import select_kernel, topk_kernel
 
 PAIRS = 1024  # pieces of words that select_kernel compares at once
 MIN_COLUMNS = 8  # 32 bytes, the least that memory hands out
-STRIDES = ("stride_l", "stride_b", "stride_h", "stride_t", "stride_p")
-
-
-def _block(size: int) -> int:
-    return int(triton.next_power_of_2(max(size, 1)))
-
-
-def _warps(values: int, per_thread: int) -> int:
-    return min(max(values // (32 * per_thread), 1), 16)
 
 
 def _tile(words: int, patches: int, token_rule: str | None) -> tuple[int, int, int]:
     """Words, patches and warps of one program of score_kernel."""
-    block_t, per_thread = min(_block(words), 32), 16
+    block_t, per_thread = min(block(words), 32), 16
     if token_rule not in (None, "max"):
         # They normalise over words, so need them all at once, and hold a second sum.
-        block_t, per_thread = _block(words), 8
-    block_p = min(_block(patches), max(128 * per_thread // block_t, MIN_COLUMNS))
-    return block_t, block_p, _warps(block_t * block_p, per_thread)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+        block_t, per_thread = block(words), 8
+    block_p = min(block(patches), max(128 * per_thread // block_t, MIN_COLUMNS))
+    return block_t, block_p, warps(block_t * block_p, per_thread)
 
 
 def _count_args(side: str, count: Count) -> dict[str, Any]:
-    given = count._replace(k=_contiguous(count.k))._asdict()
+    given = count._replace(k=contiguous(count.k))._asdict()
     return {f"{side}{name}": value for name, value in given.items()}
 
 
@@ -74,17 +58,16 @@ def topk_launches(
     rows, size = scores.shape[:-1], scores.shape[-1]
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     ids = torch.empty((*rows, count.width), dtype=torch.int64, device=scores.device)
-    block = _block(size)
     args = {
         "scores": scores.contiguous(),
-        "valid": _contiguous(valid),
+        "valid": contiguous(valid),
         "mask": mask,
         "ids": ids,
         "N": size,
         "LARGEST": largest,
-        "BLOCK": block,
+        "BLOCK": block(size),
     } | _count_args("", count)
-    launch = Launch(topk_kernel, (rows.numel(),), args, _warps(block, 8))
+    launch = Launch(topk_kernel, (rows.numel(),), args, warps(block(size), 8))
     return (mask, ids), [launch] if rows.numel() > 0 else []
 
 
@@ -100,7 +83,7 @@ def sync_launches(
 ) -> tuple[Selection, list[Launch]]:
     """The outputs of `sync_topk_mask`, not yet written, and the launches that write them."""
     patch_count, token_count = Count(*rest[:4]), Count(*rest[4:8])
-    own_patch, own_token, patch_noise, token_noise, word_ids = map(_contiguous, rest[8:])
+    own_patch, own_token, patch_noise, token_noise, word_ids = map(contiguous, rest[8:])
     values = attn[..., skip_keys:]
     layers, batch, heads, words, patches = values.shape
     selection = _empty_selection(values, patch_count.width, token_count.width)
@@ -122,8 +105,8 @@ def sync_launches(
     patch_parts = parts(own_patch, token_blocks, patches)
     token_parts = parts(own_token, patch_blocks, words)
     both = {
-        "token_valid": _contiguous(token_valid),
-        "patch_valid": _contiguous(patch_valid),
+        "token_valid": contiguous(token_valid),
+        "patch_valid": contiguous(patch_valid),
         "patch_parts": patch_parts,
         "token_parts": token_parts,
         "T": words,
@@ -133,15 +116,15 @@ def sync_launches(
     }
     score = {
         "attn": values,
-        "lse": _contiguous(lse),
+        "lse": contiguous(lse),
         "B": batch,
         "layers": layers,
         "heads": heads,
         "cls_row": cls_row,
         "BLOCK_T": block_t,
         "BLOCK_P": block_p,
-    } | dict(zip(STRIDES, values.stride(), strict=True))
-    block_t, block_p = _block(words), _block(patches)
+    } | strides("attn", "lbhts", values)
+    block_t, block_p = block(words), block(patches)
     select = {
         "patch_noise": patch_noise,
         "token_noise": token_noise,
@@ -155,7 +138,7 @@ def sync_launches(
     }
     select |= _count_args("patch_", patch_count)
     select |= _count_args("token_", token_count) | selection._asdict()
-    select_warps = _warps(max(block_t, block_p), 8)
+    select_warps = warps(max(block_t, block_p), 8)
     launches = [Launch(select_kernel, (batch, 2), both | select, select_warps)]
     if tiles > 0 and (own_patch is None or own_token is None):
         launches.insert(0, Launch(score_kernel, (tiles,), both | score, score_warps))

@@ -1,9 +1,7 @@
-"""Triton kernels of the selection operators.
+"""Triton kernels that select, one program per row and side.
 
-`sync_topk_mask` takes two launches: `score_kernel` reads the attention once and leaves the partial
-scores of its tiles; `select_kernel` adds them up in a fixed order and selects, one program per row
-and side. There are no atomics, and the blocks depend on T and P alone: a row gets the same bits in
-any batch.
+`select_kernel` first adds up, in a fixed order, the partial scores that the tiles of
+`score_kernels.py` left.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -14,89 +12,7 @@ import triton.language as tl
 
 # What may change from call to call must not compile anew.
 VARYING = ["num", "den", "width", "patch_num", "patch_den", "patch_width"]
-VARYING += ["token_num", "token_den", "token_width", "cls_row", "B"]
-
-
-@triton.jit
-def nan_max(x, axis: tl.constexpr):
-    # tl.max drops NaN.
-    number = x == x
-    return tl.max(tl.where(number, x, float("-inf")), axis) + tl.sum(tl.where(number, 0.0, x), axis)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def score_kernel(
-    attn, lse, token_valid, patch_valid, patch_parts, token_parts,
-    B, T, P, layers, heads, cls_row,
-    stride_l, stride_b, stride_h, stride_t, stride_p,
-    PATCH_RULE: tl.constexpr, TOKEN_RULE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """One tile of words and patches, all layers and heads.
-
-    Leaves the tile's sum over words in patch_parts [B, word blocks, P] and its maximum (or sum)
-    over patches in token_parts [B, patch blocks, T], both still to be divided by layers * heads.
-    """
-    patch_blocks, token_blocks = tl.cdiv(P, BLOCK_P), tl.cdiv(T, BLOCK_T)
-    patch_block = tl.program_id(0) % patch_blocks
-    token_block = tl.program_id(0) // patch_blocks % token_blocks
-    b = (tl.program_id(0) // (patch_blocks * token_blocks)).to(tl.int64)
-    words = token_block * BLOCK_T + tl.arange(0, BLOCK_T)
-    patches = patch_block * BLOCK_P + tl.arange(0, BLOCK_P)
-
-    counted = words < T
-    if token_valid is not None:
-        counted &= tl.load(token_valid + b * T + words, counted, 0)
-    scored = patches < P
-    if patch_valid is not None:
-        scored &= tl.load(patch_valid + b * P + patches, scored, 0)
-    if PATCH_RULE == "cls":
-        weighed = words == cls_row
-        read = weighed if TOKEN_RULE is None else weighed | counted
-    else:
-        weighed = counted
-        read = counted
-
-    mask = read[:, None] & scored[None, :]
-    tile = attn + b * stride_b + words.to(tl.int64)[:, None] * stride_t
-    tile += patches.to(tl.int64)[None, :] * stride_p
-    mean = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    shared = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
-    # The next head is on its way while this one is added up.
-    ahead = tl.load(tile, mask, 0.0)
-    for i in range(layers * heads):
-        weights = ahead.to(tl.float32)
-        layer, head = tl.cast((i + 1) // heads, tl.int64), tl.cast((i + 1) % heads, tl.int64)
-        more = tl.where(i + 1 < layers * heads, mask, False)
-        ahead = tl.load(tile + layer * stride_l + head * stride_h, more, 0.0)
-        if PATCH_RULE is not None or TOKEN_RULE == "max":
-            mean += weights
-        if TOKEN_RULE == "text_softmax" or TOKEN_RULE == "dual":
-            slope = counted.to(tl.float32)
-            if lse is not None:
-                row = (tl.cast(i // heads, tl.int64) * B + b) * heads + i % heads
-                logits = tl.load(lse + row * T + words, counted, float("-inf")).to(tl.float32)
-                top = nan_max(logits, 0)
-                slope = tl.exp(logits - tl.where(top == float("-inf"), 0.0, top))
-            lifted = tl.where(slope[:, None] == 0, 0.0, weights * slope[:, None])
-            total = tl.sum(lifted, 0)
-            share = tl.div_rn(lifted, tl.where(total == 0, 1.0, total)[None, :])
-            shared += share * weights if TOKEN_RULE == "dual" else share
-
-    if PATCH_RULE is not None:
-        part = tl.sum(tl.where(weighed[:, None], mean, 0.0), 0)
-        row = b * token_blocks + token_block
-        tl.store(patch_parts + row * P + patches, part, patches < P)
-    if TOKEN_RULE is not None:
-        inside = (patches < P)[None, :]
-        if TOKEN_RULE == "max":
-            part = nan_max(tl.where(inside, mean, float("-inf")), 1)
-        elif TOKEN_RULE == "text_softmax":
-            part = nan_max(tl.where(inside, shared, float("-inf")), 1)
-        else:
-            part = tl.sum(tl.where(inside, shared, 0.0), 1)
-        row = b * patch_blocks + patch_block
-        tl.store(token_parts + row * T + words, tl.where(counted, part, 0.0), words < T)
+VARYING += ["token_num", "token_den", "token_width"]
 
 
 @triton.jit
@@ -115,11 +31,8 @@ def order_keys(scores, valid, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def load_row(
-    parts, blocks, divisor, valid, noise, word_ids, row, N, columns,
-    COMBINE_MAX: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """Scores of a row from the parts [rows, blocks, N], and the keys they are selected by."""
+def row_scores(parts, blocks, divisor, row, N, columns, COMBINE_MAX: tl.constexpr):
+    """Scores of a row from the parts [rows, blocks, N]."""
     inside = columns < N
     part = parts + row * blocks * N + columns
     scores = tl.load(part, inside, 0.0).to(tl.float32)
@@ -133,6 +46,17 @@ def load_row(
             scores += other
     if divisor is not None:
         scores = tl.div_rn(scores, divisor)
+    return scores
+
+
+@triton.jit
+def load_row(
+    parts, blocks, divisor, valid, noise, word_ids, row, N, columns,
+    COMBINE_MAX: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Scores of a row, and the keys they are selected by."""
+    scores = row_scores(parts, blocks, divisor, row, N, columns, COMBINE_MAX)
+    inside = columns < N
     if valid is not None:
         inside &= tl.load(valid + row * N + columns, inside, 0)
     if word_ids is not None:
@@ -222,6 +146,16 @@ def select_row(
         tl.store(ids + slots, -1, (slots >= total) & (slots < width))
 
 
+@triton.jit
+def counted_words(token_valid, row, T, BLOCK_T: tl.constexpr):
+    """The number of valid words of a row, at least 1."""
+    words = T
+    if token_valid is not None:
+        columns = tl.arange(0, BLOCK_T)
+        words = tl.sum(tl.load(token_valid + row * T + columns, columns < T, 0).to(tl.int32))
+    return tl.maximum(words, 1)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def topk_kernel(
     scores, valid, k, num, den, width, mask, ids, N,
@@ -252,12 +186,7 @@ def select_kernel(
     divisor = tl.cast(maps, tl.float32)
     if tl.program_id(1) == 0:
         if PATCH_RULE == "mean":
-            words = T
-            if token_valid is not None:
-                columns = tl.arange(0, BLOCK_T)
-                counted = tl.load(token_valid + row * T + columns, columns < T, 0)
-                words = tl.sum(counted.to(tl.int32))
-            divisor *= tl.maximum(words, 1)
+            divisor *= counted_words(token_valid, row, T, BLOCK_T)
         select_row(
             patch_parts, patch_blocks, None if PATCH_RULE is None else divisor, patch_valid,
             patch_noise, None, patch_k, patch_num, patch_den, patch_width, patch_scores, patch_mask,
@@ -269,3 +198,27 @@ def select_kernel(
             token_noise, word_ids, token_k, token_num, token_den, token_width, token_scores,
             token_mask, token_ids, row, T, TOKEN_RULE != "dual", True, BLOCK_T, CHUNK,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["maps"])
+def reduce_kernel(
+    patch_parts, patch_blocks, token_parts, token_blocks, token_valid, patch_scores, token_scores,
+    T, P, maps,
+    PATCH_RULE: tl.constexpr, TOKEN_RULE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The scores of one row and side, as `select_kernel` would select by them."""
+    row = tl.program_id(0).to(tl.int64)
+    divisor = tl.cast(maps, tl.float32)
+    if tl.program_id(1) == 0:
+        if PATCH_RULE == "mean":
+            divisor *= counted_words(token_valid, row, T, BLOCK_T)
+        patches = tl.arange(0, BLOCK_P)
+        of_patches = row_scores(patch_parts, patch_blocks, divisor, row, P, patches, False)
+        tl.store(patch_scores + row * P + patches, of_patches, patches < P)
+    else:
+        words = tl.arange(0, BLOCK_T)
+        of_words = row_scores(
+            token_parts, token_blocks, divisor, row, T, words, TOKEN_RULE != "dual"
+        )
+        tl.store(token_scores + row * T + words, of_words, words < T)
