@@ -128,7 +128,7 @@ def build_cuda(sources: list[Path], include: Path, work: Path, output: Path) -> 
     compiler, torch = find_compiler(), find_torch()
     nvcc = [find_nvcc(), "-ccbin", compiler[-1]]
     architectures = _architectures(nvcc)
-    nvcc += _gencode(architectures)
+    nvcc += [*_gencode(architectures), f"--threads={_jobs()}"]
     objects = _compile_all([*nvcc, *NVCC_FLAGS, *_includes(torch, include)], sources, work)
     double = work / "libtorch_cuda.so"
     source = work / "libtorch_cuda.cpp"
@@ -167,10 +167,13 @@ def _compile_all(command: list[str], sources: list[Path], work: Path) -> list[st
         [*command, "-c", str(source), "-o", target]
         for source, target in zip(sources, objects, strict=True)
     ]
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(_jobs()) as pool:
         list(pool.map(_call, commands))
     return objects
+
+
+def _jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def _call(command: list[str]) -> str:

@@ -1,4 +1,4 @@
-// topk_mask and sync_topk_mask for CUDA tensors: one launch for the first, at most two for the second.
+// topk_mask and sync_topk_mask for CUDA tensors: one launch, and at most two.
 #include "syncmask/selection.cuh"
 #include "syncmask/selection_scores.cuh"
 #include "syncmask/tensors.h"
@@ -52,7 +52,8 @@ int row_size(int64_t positions) {
   return static_cast<int>(positions);
 }
 
-// Calls launch(block, held, blocks, threads) with the constants of the kernels for rows of this size.
+// Calls launch(block, held, blocks, threads): the constants of the kernel for rows of this size, and
+// its grid.
 template <typename Launch>
 void with_team(int64_t rows, int positions, const Launch& launch) {
   using Warp = std::false_type;
@@ -100,12 +101,14 @@ std::tuple<Tensor, Tensor> topk_mask(Tensor scores, MaybeTensor valid, MaybeTens
   const Rows<bool> allowed(valid);
   const Rows<int64_t> k_of_rows(k);
   const Count count{k_of_rows.data(), num, den, width};
+  bool* masks = data<bool>(mask);
+  int64_t* id_rows = data<int64_t>(ids);
   with_type("scores", values, [&]<typename T>(T) {
     const Scores<T> given{static_cast<const T*>(values.const_data_ptr()), nullptr, allowed.data(),
                           nullptr, positions, largest};
     with_team(rows, positions, [&](auto block, auto held, unsigned blocks, int threads) {
       topk_kernel<T, block(), held()>
-          <<<blocks, threads, 0, stream>>>(given, rows, count, data<bool>(mask), data<int64_t>(ids));
+          <<<blocks, threads, 0, stream>>>(given, rows, count, masks, id_rows);
     });
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -173,9 +176,16 @@ class SideTensors {
   Tensor parts_, pieces_;
 };
 
-// How the score kernels cut up words and patches. All words in a block where they are normalised
-// over; 16 warps then take up to 8 of them each, or 16 of
-// fewer patches.
+// Whether the patches of a lane of mean_kernel are aligned in every row.
+template <typename T>
+bool aligned(const Attention<T>& a) {
+  const auto address = reinterpret_cast<uintptr_t>(a.data);
+  const int64_t odd = a.patches | a.stride_l | a.stride_b | a.stride_h | a.stride_t;
+  return a.stride_p == 1 && odd % kMeanColumns == 0 && address % (kMeanColumns * sizeof(T)) == 0;
+}
+
+// How the score kernels cut up words and patches. A block has all words where they are normalised
+// over: its warps take 8 of them each, or 16 of fewer patches.
 struct Tiling {
   bool shared, many;
   int word_blocks, patch_blocks;
@@ -192,8 +202,10 @@ struct Tiling {
     const unsigned blocks = grid(attention.batch * word_blocks * patch_blocks);
     const int words = attention.words;
     if (blocks == 0) return;
-    if (!shared) {
-      mean_kernel<T><<<blocks, kMeanWords * kLanes, 0, stream>>>(attention);
+    if (!shared && aligned(attention)) {
+      mean_kernel<T, true><<<blocks, kMeanWords * kLanes, 0, stream>>>(attention);
+    } else if (!shared) {
+      mean_kernel<T, false><<<blocks, kMeanWords * kLanes, 0, stream>>>(attention);
     } else if (many) {
       share_kernel<T, 16, 16, 1>
           <<<blocks, (words + 15) / 16 * kLanes, 0, stream>>>(attention, dual);

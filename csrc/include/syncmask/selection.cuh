@@ -1,4 +1,4 @@
-// The exact selection of the best positions of a row: a warp for a short one, a block for a long one.
+// The exact selection of the best positions of a row, by a warp or, if the row is long, by a block.
 #pragma once
 
 #include <climits>
@@ -55,7 +55,7 @@ struct Scores {
   }
 };
 
-// The piece at a position: pieces with equal ids are one word, those with negative ids are excluded.
+// The piece at a position: pieces with equal ids are one word, negative ids are excluded.
 __device__ __forceinline__ Candidate piece(const Scores<float>& scores, const int64_t* word_ids,
                                            int position) {
   const int64_t word = word_ids[position];
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kBlock ? kMaxWarps * kLanes : 128, 1)
                     ids + index * count.width);
 }
 
-// One side of sync_topk_mask. Its scores come as the parts [rows, blocks, size] of tiles; pointers to
-// what is optional may be null.
+// One side of sync_topk_mask. Its scores come as the parts [rows, blocks, size] of tiles; pointers
+// to what is optional may be null.
 struct Side {
   const float* parts;
   int blocks, size;

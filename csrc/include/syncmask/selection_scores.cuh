@@ -1,7 +1,7 @@
-// Scores of patches and words from cross-attention, which is read once. Every block leaves the parts
-// of a tile of words and patches; select_kernel combines them in a fixed order. There are no
-// atomics, and tiles depend on the numbers of words and patches alone, so that a row gets the same
-// bits in any batch.
+// Scores of patches and words from cross-attention, which is read once. Every block leaves the
+// parts of a tile of words and patches; select_kernel combines them in a fixed order. There are no
+// atomics, and tiles depend on the numbers of words and patches alone: a row gets the same bits in
+// any batch.
 #pragma once
 
 #include "syncmask/warp.cuh"
@@ -9,6 +9,7 @@
 namespace syncmask {
 
 constexpr int kMeanWords = 8, kMeanColumns = 4;
+constexpr int kMeanHeads = 4;  // whose loads are under way together
 
 enum class TokenRule : int { kMax = 0, kTextSoftmax = 1, kDual = 2 };
 
@@ -18,16 +19,17 @@ struct Attention {
   const T* data;  // the first patch of the first row
   int layers, heads, words, patches;
   int64_t batch, stride_l, stride_b, stride_h, stride_t, stride_p;
-  const float* lse;          // [layers, batch, heads, words] or null
-  const bool* token_valid;   // [batch, words] or null
-  const bool* patch_valid;   // [batch, patches] or null
-  int cls_row;               // or -1: the patch score is the mean over valid words
-  float* patch_parts;        // [batch, word blocks, patches] or null: no such score is wanted
-  float* token_parts;        // [batch, patch blocks, words] or null
+  const float* lse;         // [layers, batch, heads, words] or null
+  const bool* token_valid;  // [batch, words] or null
+  const bool* patch_valid;  // [batch, patches] or null
+  int cls_row;              // or -1: the patch score is the mean over valid words
+  float* patch_parts;       // [batch, word blocks, patches] or null: no such score is wanted
+  float* token_parts;       // [batch, patch blocks, words] or null
 };
 
-// What a block scores: words dealt out to its warps in turn, and kColumns patches a lane.
-template <typename T, int kColumns>
+// What a block scores: words dealt out to its warps in turn, and kColumns patches a lane. They lie
+// side by side where kWide, which lets a lane load them at once, else kLanes apart.
+template <typename T, int kColumns, bool kWide = false>
 struct Tile {
   const Attention<T>& a;
   int64_t batch;
@@ -50,7 +52,8 @@ struct Tile {
   }
 
   __device__ __forceinline__ int patch(int c) const {
-    return (patch_block * kColumns + c) * kLanes + lane_id();
+    const int first = patch_block * kColumns * kLanes;
+    return first + (kWide ? lane_id() * kColumns + c : c * kLanes + lane_id());
   }
 
   __device__ __forceinline__ bool counts(int word) const {
@@ -70,15 +73,22 @@ struct Tile {
     return a.data + batch * a.stride_b + word * a.stride_t + patch(0) * a.stride_p;
   }
 
-  __device__ __forceinline__ void load(const T* from, float (&values)[kColumns]) const {
+  // The weights of a word, 0 where they are not wanted.
+  __device__ __forceinline__ void load(const T* row, bool wanted, float (&values)[kColumns]) const {
+    struct alignas(kColumns * sizeof(T)) Pack {
+      T at[kColumns];
+    };
+    Pack pack;
+    if (kWide && wanted && patch(0) < a.patches) pack = *reinterpret_cast<const Pack*>(row);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      values[c] = scored[c] ? widen(from[c * kLanes * a.stride_p]) : 0.0f;
+      values[c] = 0.0f;
+      if (wanted && scored[c]) values[c] = widen(kWide ? pack.at[c] : row[c * kLanes * a.stride_p]);
     }
   }
 
-  // The factor that turns a probability of a word into its unnormalised weight among words: exp(lse)
-  // up to a common factor, 1 without lse, 0 for words that do not count.
+  // The factor that turns a probability of a word into its unnormalised weight among words:
+  // exp(lse) up to a common factor, 1 without lse, 0 for words that do not count.
   __device__ __forceinline__ float factor(int plane, int word, bool counted) const {
     if (a.lse == nullptr) return counted ? 1.0f : 0.0f;
     const int layer = plane / a.heads, head = plane % a.heads;
@@ -138,23 +148,29 @@ struct Tile {
   }
 };
 
-// Patches by the mean or the CLS row, words by the maximum. A warp takes one word.
-template <typename T>
-__global__ void __launch_bounds__(kMeanWords* kLanes, 4) mean_kernel(Attention<T> attention) {
+// Patches by the mean or the CLS row, words by the maximum. A warp takes one word. kWide needs all
+// patches of a lane aligned.
+template <typename T, bool kWide>
+__global__ void __launch_bounds__(kMeanWords* kLanes, 3) mean_kernel(Attention<T> attention) {
   __shared__ float shared[kMeanWords][kLanes * kMeanColumns];
-  const Tile<T, kMeanColumns> tile(attention, warp_count());
+  const Tile<T, kMeanColumns, kWide> tile(attention, warp_count());
   const int word = tile.word_block * warp_count() + warp_id();
   float sums[kMeanColumns] = {};
   if (tile.reads(word)) {
     const T* layer = tile.row(word);
     for (int l = 0; l < attention.layers; ++l, layer += attention.stride_l) {
-      const T* head = layer;
-#pragma unroll 4
-      for (int h = 0; h < attention.heads; ++h, head += attention.stride_h) {
-        float values[kMeanColumns];
-        tile.load(head, values);
+      for (int h = 0; h < attention.heads; h += kMeanHeads) {
+        float values[kMeanHeads][kMeanColumns];
 #pragma unroll
-        for (int c = 0; c < kMeanColumns; ++c) sums[c] += values[c];
+        for (int i = 0; i < kMeanHeads; ++i) {
+          const T* head = layer + (h + i) * attention.stride_h;
+          tile.load(head, h + i < attention.heads, values[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kMeanHeads; ++i) {
+#pragma unroll
+          for (int c = 0; c < kMeanColumns; ++c) sums[c] += values[i][c];
+        }
       }
     }
   }
@@ -167,10 +183,12 @@ __global__ void __launch_bounds__(kMeanWords* kLanes, 4) mean_kernel(Attention<T
   tile.leave_patches(sums, shared);
 }
 
-// Words by the share that each patch gives them of all words: the softmax over words of log attn + lse.
-// A block has all words of its patches; a warp takes kWords of them, lane i looks after the i-th.
+// Words by the share that each patch gives them of all words: the softmax over words of
+// log attn + lse. A block has all words of its patches; a warp takes kWords of them, and lane i
+// looks after the i-th.
 template <typename T, int kWarps, int kWords, int kColumns>
-__global__ void __launch_bounds__(kWarps* kLanes, 1) share_kernel(Attention<T> attention, bool dual) {
+__global__ void __launch_bounds__(kWarps* kLanes, 1)
+    share_kernel(Attention<T> attention, bool dual) {
   static_assert(kWords <= kLanes);
   __shared__ float shared[2][kWarps][kLanes * kColumns];  // by turns, so that one barrier is enough
   const Tile<T, kColumns> tile(attention, attention.words);
@@ -189,7 +207,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1) share_kernel(Attention<T> a
   float values[kWords][kColumns] = {}, shares[kWords][kColumns] = {}, sums[kColumns] = {};
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
-    if ((counted | weighed) >> i & 1) tile.load(row(0) + i * step, values[i]);
+    tile.load(row(0) + i * step, (counted | weighed) >> i & 1, values[i]);
   }
   for (int plane = 0; plane < planes; ++plane) {
     const float factor = tile.factor(plane, own, counted >> lane_id() & 1);
@@ -216,8 +234,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1) share_kernel(Attention<T> a
         shares[i][c] += dual ? share * values[i][c] : share;
       }
       // The next plane is on its way while this one is worked at.
-      const bool read = (counted | weighed) >> i & 1;
-      if (read && plane + 1 < planes) tile.load(next + i * step, values[i]);
+      tile.load(next + i * step, plane + 1 < planes && ((counted | weighed) >> i & 1), values[i]);
     }
   }
 #pragma unroll
