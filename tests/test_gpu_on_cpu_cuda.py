@@ -66,6 +66,38 @@ def test_a_missing_barrier_shows_in_some_order() -> None:
     assert wrong > 0
 
 
+@pytest.mark.parametrize("arch", PTX, ids=NAMES)
+def test_threads_exchange(arch: int | None) -> None:
+    i = torch.arange(64)
+    lane, warp = i % 32, i // 32
+    wanted = [
+        63 - i,
+        i // 8 * 8 + 5,
+        (i - 3).where(i % 16 >= 3, i),
+        (i + 3).where(i % 16 < 13, i),
+        i ^ 9,
+        7,
+        warp == 1,
+        warp == 0,
+        torch.tensor([496, 1520])[warp],
+        torch.tensor([-31, -63])[warp],
+        torch.tensor([31, 63])[warp],
+        torch.where(lane < 30, 5, 2),
+        22,
+        1,
+        0,
+        (i / 7).half(),
+        (torch.tensor(1.0).view(torch.int32) + i.int()).view(torch.float32),
+        torch.tensor([(n & -n).bit_length() + 32 - n.bit_length() for n in range(64)]),
+    ]
+    for seed in range(3):
+        with launches_on_cpu(examples.ROOT, arch, seed):
+            results, counters = examples.exchange(64)
+        for got, row in zip(results, wanted, strict=True):
+            assert torch.equal(got, torch.as_tensor(row).float().expand(64))
+        assert counters.tolist() == [128, 63, 0, 11]
+
+
 # Prints "clean" after the example without a defect, and must not live to print "defect".
 UNDER_SANITIZER = """
 import torch

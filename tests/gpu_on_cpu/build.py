@@ -76,14 +76,14 @@ def call(command: list[str]) -> str:
 @functools.cache
 def runtime() -> Path:
     """The runtime. Only the fibers tell a sanitizer what they do, and nothing is instrumented."""
-    inputs = sorted(RUNTIME.glob("*"))
+    headers = sorted(RUNTIME.glob("*.h"))
     switches = {"address": ["-DGPU_ASAN"], "thread": ["-DGPU_TSAN"]}.get(SANITIZER, [])
     objects = []
     for source in sorted(RUNTIME.glob("*.cc")):
         flags = FLAGS + (switches if source.stem == "fibers" else [])
         command = ["g++", *flags, "-c", str(source), "-o", "{}"]
-        objects.append(str(built(f"{source.stem}.o", inputs, command)))
-    return built("libgpu_on_cpu.so", inputs, ["g++", "-shared", *objects, "-ldl", "-o", "{}"])
+        objects.append(str(built(f"{source.stem}.o", [source, *headers], command)))
+    return built("libgpu_on_cpu.so", [], ["g++", "-shared", *objects, "-ldl", "-o", "{}"])
 
 
 @functools.cache
@@ -166,10 +166,14 @@ def rewritten(root: Path) -> Path:
     files = [f for f in sorted(root.rglob("*")) if f.suffix in (".cu", ".cuh", ".h")]
     texts = [f'#line 1 "{f}"\n{for_fibers(f.read_text())}' for f in files]
     target = folder() / f"{digest(*map(str.encode, texts))}-sources"
+    unfinished = folder() / f"{os.getpid()}-{target.name}"
     for file, text in zip(files, texts, strict=True):
-        copy = target / file.relative_to(root)
+        copy = unfinished / file.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(text)
+    if not target.exists():
+        unfinished.rename(target)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 

@@ -107,7 +107,7 @@ def _packed(value: Tensor | int | float, size: int) -> bytes:
     return (number % 256**size).to_bytes(size, "little")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def programs(ptx: str) -> dict[str, Program]:
     """Every kernel of a PTX module, by name."""
     return {name: Program(kernel, ptx) for name, kernel in kernels(ptx).items()}

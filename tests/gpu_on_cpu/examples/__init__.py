@@ -1,4 +1,4 @@
-"""CUDA sources with defects to plant."""
+"""CUDA sources to try what runs them, with defects to plant."""
 
 from __future__ import annotations
 
@@ -24,3 +24,12 @@ def row_sum(x: Tensor, defect: str = "none") -> Tensor:
     if failure:
         raise RuntimeError(failure.decode())
     return sums
+
+
+def exchange(threads: int) -> tuple[Tensor, Tensor]:
+    """What ``exchange.cu`` leaves in its results [ways, threads] and counters."""
+    results = torch.full((18, threads), float("nan"))
+    counters = torch.tensor([0, 0, 99, 9], dtype=torch.int32)
+    addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (results, counters)]
+    ctypes.CDLL(str(cuda_library(ROOT))).exchange(*addresses, threads)
+    return results, counters

@@ -327,6 +327,8 @@ void define_words(Operations& all) {
   });
   define(all, "bfind", ".u32",
          [](uint32_t a) { return a ? 31 - uint32_t(std::countl_zero(a)) : ~0u; });
+  define(all, "bfind.shiftamt", ".u32",
+         [](uint32_t a) { return a ? uint32_t(std::countl_zero(a)) : ~0u; });
   define(all, "bmsk.clamp", ".b32",
          [](uint32_t start, uint32_t length) { return with_bit_field(~0u, 0u, start, length); });
 }

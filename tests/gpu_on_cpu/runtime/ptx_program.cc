@@ -150,7 +150,6 @@ static std::string last_failure;
 
 const char* gpu_failure() { return last_failure.c_str(); }
 void gpu_seed(uint64_t seed) { gpu::seed = seed; }
-void gpu_free(Program* program) { delete program; }
 
 Program* gpu_program(const char* kernel, const char* text) {
   try {
