@@ -74,6 +74,37 @@ def own_scores(batch: int, words: int, patches: int) -> dict[str, Any]:
     }
 
 
+def heads(
+    op: Any,
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    values: int | None = None,
+    layers: int = 1,
+    **options: Any,
+) -> Call:
+    """Queries [B, H, T, D] and keys [B, H, S, D] of some layers, and values."""
+    batch, count, words, keys, dim = shape
+    lead = (batch, count) if layers == 1 else (layers, batch, count)
+    drawn = {
+        "q": torch.randn(*lead, words, dim, generator=seeded(9)).to(dtype),
+        "k": torch.randn(*lead, keys, dim, generator=seeded(10)).to(dtype),
+    }
+    if values is not None:
+        drawn["v"] = torch.randn(*lead, keys, values, generator=seeded(11)).to(dtype)
+    valid = chance(0.8, batch, keys)
+    valid[0] = False
+    return op, {**drawn, "key_valid": valid, **options}
+
+
+def similarity(*shape: int, dtype: torch.dtype = torch.float32) -> Call:
+    batch, patches, tokens, dim = shape
+    return smk.max_similarity, {
+        "patches": torch.randn(batch, patches, dim, generator=seeded(12)).to(dtype),
+        "tokens": torch.randn(batch, tokens, dim, generator=seeded(13)).to(dtype),
+        "token_valid": chance(0.7, batch, tokens),
+    }
+
+
 # One row a call; every launch that it makes is run for every architecture.
 CALLS: dict[str, Callable[[], Call]] = {
     "topk": lambda: topk(3, 197, k=60),
@@ -98,6 +129,31 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "sync-noise": lambda: sync(3, 4, 9, 50, **noise(3, 9, 49), token_k=torch.tensor([0, 3, 9])),
     "sync-own": lambda: sync(3, 4, 9, 50, **own_scores(3, 9, 49)),
+    "average": lambda: (smk.head_average, {"attn": attention(2, 2, 3, 5, 261)}),
+    "average-bf16": lambda: (smk.head_average, {"attn": attention(2, 3, 5, 50).bfloat16()}),
+    "map": lambda: heads(smk.attention_map, 2, 3, 5, 70, 40, layers=2),
+    "map-bf16": lambda: heads(smk.attention_map, 2, 3, 33, 130, 64, dtype=torch.bfloat16),
+    "output": lambda: heads(smk.attention_with_map, 2, 2, 33, 70, 24, values=40),
+    "output-f16": lambda: heads(
+        smk.attention_with_map, 2, 2, 17, 130, 40, values=64, dtype=torch.float16
+    ),
+    "output-bf16": lambda: heads(
+        smk.attention_with_map, 2, 2, 5, 66, 128, values=70, dtype=torch.bfloat16
+    ),
+    "qk": lambda: heads(smk.sync_topk_mask_qk, 2, 2, 33, 70, 16, patch_score="cls"),
+    "qk-dual": lambda: heads(
+        smk.sync_topk_mask_qk, 2, 2, 9, 70, 24, values=5, token_score="dual", layers=2
+    ),
+    "qk-text-softmax-bf16": lambda: heads(
+        smk.sync_topk_mask_qk,
+        *(2, 2, 40, 70, 64),
+        dtype=torch.bfloat16,
+        token_score="text_softmax",
+        token_valid=chance(0.7, 2, 40),
+        patch_valid=chance(0.7, 2, 69),
+    ),
+    "similarity": lambda: similarity(2, 70, 40, 40),
+    "similarity-bf16": lambda: similarity(2, 30, 70, 130, dtype=torch.bfloat16),
 }
 
 

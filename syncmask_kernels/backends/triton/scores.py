@@ -97,7 +97,7 @@ def similarity_launches(
     scores = torch.empty((batch, count), device=patches.device)
     ids = torch.empty((batch, count), dtype=torch.int64, device=patches.device)
     columns = 16 if patches.dtype == torch.float32 else 64
-    block_p = 64
+    block_p = min(max(block(count), MIN_DOT), 64)
     args = {
         "patches": patches,
         "tokens": tokens,
