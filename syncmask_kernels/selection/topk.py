@@ -110,6 +110,8 @@ def topk_mask(
     fixed = scores.detach()
     mask, ids = backends.choose("topk_mask", fixed, fixed)(fixed, valid, count, largest)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if valid is None and isinstance(k, int) and ids.shape[-1] == k <= scores.shape[-1]:
+        return TopK(mask, ids, wide.gather(-1, ids))  # no row is padded
     if scores.shape[-1] == 0:
         return TopK(mask, ids, wide.new_full(ids.shape, float("-inf")))
     chosen = wide.gather(-1, ids.clamp(min=0))

@@ -47,20 +47,51 @@ SYNCMASK_INLINE int64_t count_at_least(const int32_t* keys, int64_t n, int32_t t
   return total;
 }
 
+// The least and the most of the keys that are not excluded.
+SYNCMASK_INLINE void bounds_of(const int32_t* keys, int64_t n, int32_t* least, int32_t* most) {
+  *least = INT32_MAX;
+  *most = kExcluded;
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Ints low = Ints{} + INT32_MAX, high = Ints{} + kExcluded, key;
+    for (; i + kLanes <= n; i += kLanes) {
+      std::memcpy(&key, keys + i, sizeof key);
+      high = key > high ? key : high;
+      key = key == kExcluded ? Ints{} + INT32_MAX : key;
+      low = key < low ? key : low;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      *least = low[lane] < *least ? low[lane] : *least;
+      *most = high[lane] > *most ? high[lane] : *most;
+    }
+  }
+  for (; i < n; ++i) {
+    *most = keys[i] > *most ? keys[i] : *most;
+    if (keys[i] != kExcluded && keys[i] < *least) *least = keys[i];
+  }
+}
+
 // The key of the k-th best position, found bit by bit, and the surplus of positions that share this
 // key and lie behind the k best. 1 <= k <= valid positions.
 SYNCMASK_INLINE int32_t threshold_of(const int32_t* keys, int64_t n, int64_t k, int64_t* surplus) {
-  uint32_t prefix = 0;  // in unsigned order, which is that of the keys with the sign bit flipped
+  int32_t least, most;
+  bounds_of(keys, n, &least, &most);
+  // In unsigned order, which is that of the keys with the sign bit flipped. The bits that the least
+  // and the most have in common are those of every key between them.
+  const uint32_t differing = static_cast<uint32_t>(least ^ most);
+  uint32_t bit = differing ? 0x80000000u >> __builtin_clz(differing) : 0;
+  uint32_t prefix = (static_cast<uint32_t>(most) ^ 0x80000000u) & ~(2 * bit - (bit != 0));
   int64_t reached = n;
-  for (uint32_t bit = 0x80000000u; bit != 0 && reached != k; bit >>= 1) {
+  for (; bit != 0 && reached != k; bit >>= 1) {
     const int32_t candidate = static_cast<int32_t>((prefix | bit) ^ 0x80000000u);
     const int64_t count = count_at_least(keys, n, candidate);
     if (count < k) continue;
     prefix |= bit;
     reached = count;
   }
-  *surplus = reached - k;
-  return static_cast<int32_t>(prefix ^ 0x80000000u);
+  const int32_t threshold = static_cast<int32_t>(prefix ^ 0x80000000u);
+  *surplus = (bit == 0 ? count_at_least(keys, n, threshold) : reached) - k;
+  return threshold;
 }
 
 // Lists the first `width` marked positions in ascending order, then -1.
