@@ -176,8 +176,8 @@ def test_gradients_are_as_accurate_as_plain_ones(backend: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("wanted", ["q", "k"])
 def test_gradient_only_of_what_asks_for_it(wanted: str) -> None:
-    q, k, _ = (x.double() for x in qkv((2, 3, 4, 9, 8)))
-    inputs = {"q": q, "k": k}
+    q, k, _ = (torch.stack([x, x.flip(0)]).double() for x in qkv((2, 3, 4, 9, 8)))
+    inputs = {"q": q, "k": k}  # of two layers
     inputs[wanted].requires_grad_()
     results = []
     for served in (backend_without_autograd(), smk.use_backend("eager")):
