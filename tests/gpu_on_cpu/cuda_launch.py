@@ -15,7 +15,7 @@ import torch
 from syncmask_kernels.backends import cuda as backend
 from syncmask_kernels.backends import native as loader
 from tests.gpu_on_cpu.build import cuda_library, library, nvcc_ptx
-from tests.gpu_on_cpu.program import ExecutionError, Program, Traffic, programs
+from tests.gpu_on_cpu.program import ExecutionError, Program, Traffic, available, programs
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 _LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint64))
@@ -63,6 +63,6 @@ def cuda_on_cpu(ptx_arch: int | None = None, seed: int = 0) -> Iterator[list[Tra
         mock.patch.object(loader, "load", return_value=(None, "run on the CPU")),
     ):
         importlib.reload(backend)
-        with mock.patch.object(backend, "unavailable", return_value=None):
+        with mock.patch.object(backend, "unavailable", available):
             yield traffic
     importlib.reload(backend)

@@ -47,6 +47,10 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
+def available(device_type: str) -> None:
+    """In place of a backend's `unavailable`; a mock would stop torch.compile."""
+
+
 class Program:
     """A kernel that is ready to run."""
 

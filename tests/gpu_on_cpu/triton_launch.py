@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from syncmask_kernels.backends import triton as backend
 from syncmask_kernels.backends.triton.launch import Launch
-from tests.gpu_on_cpu.program import Traffic, programs
+from tests.gpu_on_cpu.program import Traffic, available, programs
 
 
 class TargetOnly:
@@ -79,7 +79,7 @@ def triton_on_cpu(arch: int = 80, seed: int = 0) -> Iterator[list[Traffic]]:
             triton.runtime.driver, "_active", TargetOnly(GPUTarget("cuda", arch, 32))
         ),
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(backend, "unavailable", return_value=None),
+        mock.patch.object(backend, "unavailable", available),
     ):
         yield traffic
 
