@@ -24,8 +24,9 @@ namespace {
 
 using namespace syncmask;
 
-constexpr int kWarpRow = 256;    // positions that a warp holds in registers, 8 a lane
-constexpr int kBlockRow = 8192;  // and 16 warps, 16 a lane
+constexpr int kHeld = 8;  // positions that a lane holds in registers
+constexpr int kWarpRow = kHeld * kLanes;
+constexpr int kBlockRow = kMaxWarps * kWarpRow;
 constexpr int kRowsPerBlock = 4;
 constexpr int64_t kLongestRow = 1 << 30;
 
@@ -60,10 +61,10 @@ void with_team(int64_t rows, int positions, const Launch& launch) {
   using Block = std::true_type;
   if (positions <= kWarpRow) {
     const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-    launch(Warp{}, std::integral_constant<int, 8>{}, grid(blocks), kRowsPerBlock * kLanes);
+    launch(Warp{}, std::integral_constant<int, kHeld>{}, grid(blocks), kRowsPerBlock * kLanes);
   } else if (positions <= kBlockRow) {
-    const int warps = (positions + 16 * kLanes - 1) / (16 * kLanes);
-    launch(Block{}, std::integral_constant<int, 16>{}, grid(rows), warps * kLanes);
+    const int warps = (positions + kWarpRow - 1) / kWarpRow;
+    launch(Block{}, std::integral_constant<int, kHeld>{}, grid(rows), warps * kLanes);
   } else {
     const int threads = kMaxWarps * kLanes;
     launch(Block{}, std::integral_constant<int, 0>{}, grid(rows), threads);
