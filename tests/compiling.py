@@ -39,9 +39,9 @@ def assert_compiles_once(
 def _gradients(result: Any, call: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Of all floating results, by the arguments that require gradients."""
     leaves = [x for x in call if isinstance(x, Tensor) and x.requires_grad]
-    results = [result] if isinstance(result, Tensor) else list(result)
-    recorded = [part for part in results if part.requires_grad]
     if not leaves:
         return ()
+    results = [result] if isinstance(result, Tensor) else list(result)
+    recorded = [part for part in results if part.requires_grad]
     slopes = [torch.arange(part.numel()).reshape(part.shape).to(part) for part in recorded]
     return torch.autograd.grad(recorded, leaves, slopes, materialize_grads=True)
