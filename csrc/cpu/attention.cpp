@@ -4,6 +4,7 @@
 #include "syncmask/heads.h"
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -50,17 +51,19 @@ void average_heads(const Tensor& attn, int64_t skip_keys, Tensor& means) {
   const int64_t layers = attn.size(0), heads = attn.size(2), tokens = attn.size(3);
   const int64_t patches = attn.size(4) - skip_keys;
   const T* first = static_cast<const T*>(attn.const_data_ptr()) + skip_keys * attn.stride(4);
+  const int64_t chunk = words_at_once(patches), chunks = (tokens + chunk - 1) / chunk;
   std::vector<int64_t> words(tokens);
-  for (int64_t t = 0; t < tokens; ++t) words[t] = t;
-  torch::stable::parallel_for(0, attn.size(1), 1, [&](int64_t begin, int64_t end) {
+  std::iota(words.begin(), words.end(), 0);
+  torch::stable::parallel_for(0, attn.size(1) * chunks, 1, [&](int64_t begin, int64_t end) {
     std::vector<const T*> planes(layers * heads);
-    for (int64_t b = begin; b < end; ++b) {
-      for (int64_t i = 0; i < layers * heads; ++i) {
-        planes[i] = first + i / heads * attn.stride(0) + b * attn.stride(1) +
-                    i % heads * attn.stride(2);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / chunks, t = i % chunks * chunk;
+      for (int64_t plane = 0; plane < layers * heads; ++plane) {
+        planes[plane] = first + plane / heads * attn.stride(0) + b * attn.stride(1) +
+                        plane % heads * attn.stride(2);
       }
-      average(Planes<T>{planes.data(), layers * heads, attn.stride(3)}, words.data(), tokens,
-              patches, data<float>(means) + b * tokens * patches);
+      average(Planes<T>{planes.data(), layers * heads, attn.stride(3)}, words.data() + t,
+              std::min(chunk, tokens - t), patches, data<float>(means) + (b * tokens + t) * patches);
     }
   });
 }
@@ -68,7 +71,7 @@ void average_heads(const Tensor& attn, int64_t skip_keys, Tensor& means) {
 // v and output are null for the map alone; output is [B, H, T, E].
 template <typename T>
 void attend(const Tensor& q, const Tensor& k, const Tensor* v, const MaybeTensor& key_valid,
-               float scale, int64_t skip_keys, Tensor& map, Tensor* output) {
+            float scale, int64_t skip_keys, Tensor& map, Tensor* output) {
   const int64_t layers = q.size(0), batch = q.size(1), heads = q.size(2), tokens = q.size(3);
   const int64_t keys = k.size(3), dim = q.size(4), out_dim = v ? v->size(4) : 0;
   const int64_t patches = keys - skip_keys, blocks = (tokens + kWords - 1) / kWords;

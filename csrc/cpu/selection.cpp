@@ -110,7 +110,7 @@ void sync_rows(const Tensor& attn, const Rows<float>& lse, const Rule& rule, con
     std::vector<float> lse_row(lse.data() ? planes.size() * token.positions : 0);
     const bool shared = rule.token_rule != 0 && token.given.data() == nullptr;
     std::vector<int64_t> read(token.positions);
-    std::vector<float> sums(token.positions * patch.positions);
+    std::vector<float> sums(syncmask::words_at_once(patch.positions) * patch.positions);
     std::vector<float> totals(shared ? patch.positions : 0), factors(shared ? token.positions : 0);
     std::vector<float> shares(totals.size() * factors.size());
     for (int64_t b = begin; b < end; ++b) {

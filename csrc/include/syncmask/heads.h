@@ -18,6 +18,11 @@ struct Planes {
 
 constexpr int kPlanes = 4;  // read side by side, so that the sums are fetched a quarter as often
 
+// Words whose sums stay in the second cache while the planes go by.
+SYNCMASK_INLINE int64_t words_at_once(int64_t patches) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(patches, 1));
+}
+
 // sums = or += the same row of kCount planes.
 template <int kCount, typename T>
 SYNCMASK_INLINE void add_rows(const T* const* planes, int64_t offset, int64_t patches, bool add,

@@ -193,8 +193,7 @@ SYNCMASK_INLINE float take_row(const Attention<T>& a, float* row, float* totals)
 
 // patch_scores becomes the mean over valid words of the head mean, or its CLS row; token_scores its
 // maximum over patches where the rule is kMax. Reads the row of a valid word once, and no other row
-// but that of the CLS. Of the rows below `words` holds a number a word, `sums` a float a word and
-// patch.
+// but that of the CLS. `words` holds a number a word, `sums` a float a patch for words_at_once.
 template <typename T>
 SYNCMASK_INLINE void score_mean(const Attention<T>& a, float* patch_scores, float* token_scores,
                                 int64_t* words, float* sums) {
@@ -204,12 +203,16 @@ SYNCMASK_INLINE void score_mean(const Attention<T>& a, float* patch_scores, floa
     token_scores[t] = 0.0f;
     if ((a.counts(t) && (by_max || a.cls_row < 0)) || t == a.cls_row) words[read++] = t;
   }
-  sum_planes(a.planes, words, read, a.patches, sums);
   std::memset(patch_scores, 0, a.patches * sizeof(float));
   const float planes = static_cast<float>(a.planes.count);
+  const int64_t chunk = words_at_once(a.patches);
   for (int64_t i = 0; i < read; ++i) {
+    if (i % chunk == 0) {
+      sum_planes(a.planes, words + i, std::min(chunk, read - i), a.patches, sums);
+    }
     const bool summed_too = a.cls_row < 0 || words[i] == a.cls_row;
-    const float best = take_row(a, sums + i * a.patches, summed_too ? patch_scores : nullptr);
+    float* row = sums + i % chunk * a.patches;
+    const float best = take_row(a, row, summed_too ? patch_scores : nullptr);
     if (by_max && a.counts(words[i])) token_scores[words[i]] = best / planes;
     summed += summed_too;
   }

@@ -96,7 +96,7 @@ SYNCMASK_INLINE void finish_scores(const HeadSums& sums, const float* counted,
   const float* means = sums.weighted ? sums.weighted : sums.means;
   for (int64_t p = 0; p < patches; ++p) {
     const float* mean = means + p * width;
-    float total = cls_row >= 0 ? mean[cls_row] : 0.0f;
+    float total = cls_row >= 0 && cls_row < tokens ? mean[cls_row] : 0.0f;
     if (cls_row < 0) {
       for (int64_t t = 0; t < tokens; ++t) total += counted[t] == 0.0f ? 0.0f : mean[t];
       total /= words;
