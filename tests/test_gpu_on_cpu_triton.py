@@ -147,10 +147,10 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "qk-text-softmax-bf16": lambda: heads(
         smk.sync_topk_mask_qk,
-        *(2, 2, 40, 70, 64),
+        *(2, 2, 30, 70, 64),
         dtype=torch.bfloat16,
         token_score="text_softmax",
-        token_valid=chance(0.7, 2, 40),
+        token_valid=chance(0.7, 2, 30),
         patch_valid=chance(0.7, 2, 69),
     ),
     "similarity": lambda: similarity(2, 70, 40, 40),

@@ -36,8 +36,8 @@ BUDGET = {
     "map_kernel": (128, 100 * 1024),
     "score_kernel": (128, 2048),
     "score_qk_kernel": (168, 148 * 1024),
-    "reduce_kernel": (64, 0),
-    "similarity_kernel": (96, 40 * 1024),
+    "reduce_kernel": (64, 1024),
+    "similarity_kernel": (80, 16 * 1024),
     "select_kernel": (128, 8192),
     "topk_kernel": (64, 32768),
 }
@@ -191,5 +191,5 @@ def test_compiles_within_budget(
 )
 def test_compiles_for_amd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for _, compiled in compile_for(GPUTarget("hip", "gfx942", 64), name, monkeypatch):
-        spills = re.findall(r"gpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
-        assert spills == ["0", "0"]
+        # Scalar registers spill to lanes of vector registers, not to memory.
+        assert re.findall(r"vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]) == ["0"]

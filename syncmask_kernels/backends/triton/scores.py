@@ -97,7 +97,7 @@ def similarity_launches(
     scores = torch.empty((batch, count), device=patches.device)
     ids = torch.empty((batch, count), dtype=torch.int64, device=patches.device)
     columns = 16 if patches.dtype == torch.float32 else 64
-    block_p = min(max(block(count), MIN_DOT), 64)
+    block_p = min(max(block(count), MIN_DOT), 32)
     args = {
         "patches": patches,
         "tokens": tokens,
@@ -108,7 +108,7 @@ def similarity_launches(
         "T": tokens.shape[1],
         "D": dim,
         "BLOCK_P": block_p,
-        "BLOCK_T": min(max(block(tokens.shape[1]), MIN_DOT), 64),
+        "BLOCK_T": min(max(block(tokens.shape[1]), MIN_DOT), 32),
         "BLOCK_D": min(max(block(dim), MIN_DOT), columns),
     }
     args |= strides("patch", "bpd", patches) | strides("token", "btd", tokens)
