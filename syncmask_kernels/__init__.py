@@ -24,6 +24,7 @@ from syncmask_kernels.masking import (
 )
 from syncmask_kernels.momentum import ema_update_
 from syncmask_kernels.negatives import Negatives, sample_negatives
+from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
 from syncmask_kernels.selection import (
     AttentiveMask,
     Complement,
@@ -53,6 +54,7 @@ __all__ = [
     "build_info",
     "complement",
     "ema_update_",
+    "enqueue_",
     "gather_masked",
     "head_average",
     "mask_patches",
@@ -60,6 +62,7 @@ __all__ = [
     "masked_linear_cross_entropy",
     "masked_patch_loss",
     "max_similarity",
+    "queue_contrastive_loss",
     "sample_negatives",
     "scatter_masked",
     "sync_topk_mask",

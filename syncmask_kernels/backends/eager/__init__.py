@@ -8,6 +8,7 @@ from syncmask_kernels.backends.eager import (
     masking,
     momentum,
     negatives,
+    queue,
     selection,
 )
 from syncmask_kernels.backends.kernel import Kernel
@@ -27,6 +28,8 @@ KERNELS = {
     "scatter_masked": Kernel(masking.scatter_masked),
     "masked_linear_cross_entropy": Kernel(losses.masked_linear_cross_entropy),
     "masked_patch_loss": Kernel(losses.masked_patch_loss),
+    "queue_contrastive_loss": Kernel(queue.queue_contrastive_loss),
+    "enqueue_": Kernel(queue.enqueue_),
     "sample_negatives": Kernel(negatives.sample_negatives),
     "ema_update_": Kernel(momentum.ema_update_),
 }
