@@ -36,6 +36,20 @@ def test_head_average(backend: str, shape: tuple[int, ...], dtype: torch.dtype) 
         assert_as_accurate(got, attn.float().mean(dim=1)[..., skip_keys:], truth, factor=2.0)
 
 
+@pytest.mark.parametrize("words", [1, 3])
+@pytest.mark.parametrize("heads", range(5, 10))
+def test_head_average_of_any_number_of_heads(backend: str, heads: int, words: int) -> None:
+    for patches in (5, 8, 13):
+        attn = torch.randint(-9, 9, (2, heads, words, patches)).float()
+        expected = attn.sum(dim=1) / heads
+        assert torch.equal(smk.head_average(attn, skip_keys=0), expected)
+
+
+def test_head_average_of_many_words(backend: str) -> None:
+    attn = torch.randint(-9, 9, (2, 4, 150, 300)).float()
+    assert torch.equal(smk.head_average(attn), attn[..., 1:].sum(dim=1) / 4)
+
+
 def test_layers_are_averaged_whether_stacked_or_listed(backend: str) -> None:
     layers = [probabilities(2, 3, 4, 37, seed=i) for i in range(3)]
     truth = oracle.head_average([layer.double() for layer in layers], skip_keys=2)
@@ -57,11 +71,12 @@ def test_head_average_of_a_view(backend: str, layout: str) -> None:
     assert_as_accurate(smk.head_average(attn), attn.mean(dim=1)[..., 1:], truth, factor=2.0)
 
 
-def test_head_average_keeps_nan_and_infinities(backend: str) -> None:
-    attn = broken(probabilities(3, 3, 5, 21))
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_head_average_keeps_nan_and_infinities(backend: str, dtype: torch.dtype) -> None:
+    attn = broken(probabilities(3, 3, 5, 21)).to(dtype)
     attn[2, 0, 2, 0], attn[2, 1, 2, 0] = float("inf"), -float("inf")
     torch.testing.assert_close(
-        smk.head_average(attn, skip_keys=0), oracle.head_average([attn], 0), equal_nan=True
+        smk.head_average(attn, skip_keys=0), oracle.head_average([attn.float()], 0), equal_nan=True
     )
 
 

@@ -70,8 +70,9 @@ def test_float64_stays_float64(backend: str) -> None:
         torch.testing.assert_close(got, wanted)
 
 
-def test_broken_numbers_are_those_of_eager() -> None:
-    q, k, v = qkv((3, 2, 5, 21, 8))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_broken_numbers_are_those_of_eager(dtype: torch.dtype) -> None:
+    q, k, v = qkv((3, 2, 5, 21, 8), dtype)
     for inputs in [(broken(q), k, v), (q, broken(k), v), (q, k, broken(v))]:
         got = smk.attention_with_map(*inputs)
         with smk.use_backend("eager"):
@@ -79,6 +80,17 @@ def test_broken_numbers_are_those_of_eager() -> None:
         assert not wanted.output.isfinite().all()
         for mine, eager in zip(got, wanted, strict=True):
             torch.testing.assert_close(mine, eager, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_output_is_rounded_to_nearest_even(dtype: torch.dtype) -> None:
+    """Half of the means of two neighbours lie halfway between two numbers of the type."""
+    bits = torch.arange(480)[:, None] * 61 + torch.arange(2)
+    positive = bits.to(torch.int16).view(dtype).mT[None, None]
+    v = torch.cat([positive, -positive], dim=-1)
+    q, k = torch.zeros(1, 1, 1, 4, dtype=dtype), torch.ones(1, 1, 2, 4, dtype=dtype)
+    output, _ = smk.attention_with_map(q, k, v)
+    assert torch.equal(output, v.double().mean(dim=-2, keepdim=True).to(dtype))
 
 
 def test_a_row_without_a_valid_key_is_zero() -> None:

@@ -142,6 +142,17 @@ def test_selection_is_exact_for_the_scores_returned(
         assert torch.equal(ids, oracle.ids_of(expected, width))
 
 
+@pytest.mark.parametrize("patch_score", ["mean", "cls"])
+def test_scores_of_many_words(backend: str, patch_score: str) -> None:
+    inputs = case(1, 2, 5, 150, 301)
+    chosen = smk.sync_topk_mask(**inputs, patch_score=patch_score, cls_index=140)
+    rules = (patch_score, "max")
+    truth = oracle_scores(inputs, rules, torch.float64, cls_index=140)
+    plain = oracle_scores(inputs, rules, torch.float32, cls_index=140)
+    for got, own, exact in zip(chosen[4:], plain, truth, strict=True):
+        assert_as_accurate(got, own, exact)
+
+
 def test_tied_and_broken_scores(backend: str) -> None:
     attn = torch.full((2, 2, 6, 9), 1 / 9)
     attn[1, 0, 2, 4] = float("nan")
