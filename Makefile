@@ -1,11 +1,13 @@
 # Variables for the command line: PYTHON (to make the environment with), TORCH (what pip installs
-# where the environment has no torch yet), DEMO (folder of the run), DEMO_ARGS, TEST_ARGS, BENCH_ARGS.
+# where the environment has no torch yet), DEMO (folder of the run), DEMO_ARGS, TEST_ARGS, BENCH_ARGS,
+# GPU_REPORT (the file that gpu-report writes).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
 DEMO_ARGS ?= --steps 400
 TEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_REPORT ?= .benchmarks/gpu-report.md
 
 # Python compiles what it imports; pip would compile a gigabyte.
 export PIP_NO_COMPILE := 1
@@ -13,11 +15,11 @@ export PIP_NO_COMPILE := 1
 BIN := .venv/bin
 NATIVE := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test lint format bench gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.reference ## Train the small SyncMask model on drawn products and write its report
 	$(BIN)/python -m reference.pretrain --output $(DEMO) \
@@ -37,7 +39,10 @@ format: .venv/.dev ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 bench: .venv/.dev ## Time the operators against their floor and PyTorch
-	$(BIN)/python -m pytest benchmarks $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(BENCH_ARGS)
+
+gpu-report: .venv/.dev ## Check and time everything on this machine's GPU, into one file to send
+	$(BIN)/python -m benchmarks.gpu_report --output $(GPU_REPORT)
 
 wheel: .venv/.torch ## Build a wheel for every Python of this platform into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .

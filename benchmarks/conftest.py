@@ -1,94 +1,82 @@
-"""How operators are compared: in turns, on inputs that rotate beyond the caches, by medians.
-
-A benchmark names its contenders; the first one is the floor, the last one this library. Before
-anything is timed, the results of all but the floor are checked, so that a wrong result has no time.
-"""
+"""`pytest benchmarks --benchmark-only`: times, memory and launches, as text, CSV and figure."""
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-ROUNDS = 60
+from benchmarks import figure, measure, report
 
-Function = Callable[[Any], Any]
-
-
-class Comparison(NamedTuple):
-    title: str
-    milliseconds: dict[str, float]
+CSV = Path(".benchmarks/comparisons.csv")
+_comparisons: list[report.Comparison] = []
 
 
-_comparisons: list[Comparison] = []
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _timed(function: Function, argument: Any) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    function(argument)
-    _synchronize()
-    return 1000 * (time.perf_counter() - start)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("comparisons")
+    group.addoption("--csv", type=Path, default=CSV, help="table to write; the figure goes beside")
+    group.addoption("--rounds", type=int, default=60, help="turns of a comparison, at most")
+    group.addoption("--no-compile", action="store_true", help="leave torch.compile out")
 
 
 @pytest.fixture
-def compare(benchmark: Any) -> Callable[..., dict[str, float]]:
-    """``compare(title, contenders, inputs, check)`` -> each contender's median milliseconds."""
+def compiled(request: pytest.FixtureRequest) -> Callable[..., dict[str, measure.Function]]:
+    """``compiled(function)`` -> the contender that torch.compile makes of it, unless left out."""
+
+    def compile_(function: measure.Function) -> dict[str, measure.Function]:
+        if request.config.getoption("--no-compile"):
+            return {}
+        torch._dynamo.reset()
+        return {"torch.compile": torch.compile(function, dynamic=False)}
+
+    return compile_
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+    """Measure contenders (the first is the floor, the last this library) that pass `check`."""
 
     def run(
-        title: str,
-        contenders: dict[str, Function],
+        case: report.Case,
+        contenders: dict[str, measure.Function],
         inputs: Sequence[Any],
-        check: Callable[[Any, Any], None],
-    ) -> dict[str, float]:
-        names = list(contenders)
-        floor, *judged = names
-        truth = contenders[judged[0]](inputs[0])
-        for name in judged[1:]:
-            check(contenders[name](inputs[0]), truth)
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(ROUNDS):
-            first = turn % len(names)
-            for i, name in enumerate(names[first:] + names[:first]):
-                argument = inputs[(turn + i) % len(inputs)]
-                times[name].append(_timed(contenders[name], argument))
-        medians = {name: statistics.median(t) for name, t in times.items()}
-        benchmark.extra_info.update({"medians_ms": medians, "floor": floor})
-        _comparisons.append(Comparison(title, medians))
-        turns = iter(range(10**9))
-        benchmark.pedantic(
-            contenders[names[-1]],
-            setup=lambda: ((inputs[next(turns) % len(inputs)],), {}),
-            rounds=10,
-        )
-        return medians
+        check: measure.Check,
+    ) -> None:
+        with torch.no_grad():
+            rounds = request.config.getoption("--rounds")
+            rows = measure.compare(contenders, inputs, check, rounds)
+            _comparisons.append(report.Comparison(case, rows))
+            benchmark.extra_info["medians_ms"] = {row.contender: row.median for row in rows}
+            ours, turns = list(contenders.values())[-1], iter(range(10**9))
+
+            def call() -> None:
+                ours(inputs[next(turns) % len(inputs)])
+                if measure.DEVICE == "cuda":
+                    torch.cuda.synchronize()
+
+            benchmark.pedantic(call)
 
     return run
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    # Its table would show this library alone, timed by the wall clock.
+    config.option.benchmark_quiet = True
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not _comparisons:
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    threads = torch.get_num_threads()
-    write = terminalreporter.write_line
-    terminalreporter.section(f"comparisons: {device or platform.machine()}, {threads} threads")
-    for title, medians in _comparisons:
-        write(title)
-        floor = next(iter(medians.values()))
-        ours = list(medians.values())[-1]
-        for name, median in medians.items():
-            write(
-                f"  {name:<16}{median:9.3f} ms {median / floor:7.2f} x floor"
-                f"{median / ours:7.2f} x this library"
-            )
+    machine = report.machine()
+    terminalreporter.section(f"comparisons on {machine['device']}, threads: {machine['threads']}")
+    for line in report.as_text(_comparisons):
+        terminalreporter.write_line(line)
+    table = config.getoption("--csv")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    picture = table.with_suffix(".png")
+    report.write_csv(table, _comparisons, machine)
+    figure.draw(picture, _comparisons, machine)
+    terminalreporter.write_line(f"\nwritten: {table}, {picture}")
