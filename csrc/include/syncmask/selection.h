@@ -96,14 +96,10 @@ SYNCMASK_INLINE int32_t threshold_of(const int32_t* keys, int64_t n, int64_t k, 
 
 // Lists the first `width` marked positions in ascending order, then -1.
 SYNCMASK_INLINE void list_ids(const bool* mask, int64_t n, int64_t* ids, int64_t width) {
-  int64_t listed = 0, i = 0;
-  for (; i + 8 <= n && listed + 8 <= width; i += 8) {
-    uint64_t flags;
-    std::memcpy(&flags, mask + i, sizeof flags);
-    for (; flags != 0; flags &= flags - 1) ids[listed++] = i + __builtin_ctzll(flags) / 8;
-  }
-  for (; i < n && listed < width; ++i) {
-    if (mask[i]) ids[listed++] = i;
+  int64_t listed = 0;
+  for (int64_t i = 0; i < n && listed < width; ++i) {
+    ids[listed] = i;  // the next one overwrites it where the position is not marked
+    listed += mask[i];
   }
   while (listed < width) ids[listed++] = -1;
 }
