@@ -15,7 +15,7 @@ export PIP_NO_COMPILE := 1
 BIN := .venv/bin
 NATIVE := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
 
-.PHONY: help demo test lint format bench gpu-report wheel clean
+.PHONY: help demo test lint format bench gpu-report budgets wheel clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -26,8 +26,8 @@ demo: .venv/.reference ## Train the small SyncMask model on drawn products and w
 		$(if $(wildcard $(DEMO)/config.json),--resume) $(DEMO_ARGS)
 
 test: lint ## Lint, check types, and run every test, docstring and README example
-	$(BIN)/python -m pytest $(TEST_ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_*_triton.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(filter-out %gpu_on_cpu_triton.py,$(wildcard tests/test_*_triton.py))
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -43,6 +43,9 @@ bench: .venv/.dev ## Time the operators against their floor and PyTorch
 
 gpu-report: .venv/.dev ## Check and time everything on this machine's GPU, into one file to send
 	$(BIN)/python -m benchmarks.gpu_report --output $(GPU_REPORT)
+
+budgets: .venv/.dev ## Write anew what the GPU kernels may take: docs/budgets.md
+	PYTHONPATH=build_backend $(BIN)/python -m tests.budgets
 
 wheel: .venv/.torch ## Build a wheel for every Python of this platform into dist/
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
