@@ -166,11 +166,12 @@ def test_tied_and_broken_scores(backend: str) -> None:
     assert everything.token_mask[1].tolist() == [i != 2 for i in range(6)]
 
 
-def test_rows_of_invalid_words_are_not_read(backend: str) -> None:
+@pytest.mark.parametrize("token_score", ["max", "text_softmax", "dual"])
+def test_rows_of_invalid_words_are_not_read(backend: str, token_score: str) -> None:
     inputs = case(1, 3, 2, 7, 12)
-    before = smk.sync_topk_mask(**inputs)
-    poisoned = inputs["attn"].masked_fill(~inputs["token_valid"][:, None, :, None], float("nan"))
-    after = smk.sync_topk_mask(**{**inputs, "attn": poisoned})
+    before = smk.sync_topk_mask(**inputs, token_score=token_score)
+    poisoned = inputs["attn"].masked_fill(~inputs["token_valid"][:, None, :, None], NAN)
+    after = smk.sync_topk_mask(**{**inputs, "attn": poisoned}, token_score=token_score)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

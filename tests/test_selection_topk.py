@@ -45,6 +45,14 @@ def test_matches_sorting(backend: str, n: int) -> None:
     check(scores, valid, k=n // 3, largest=False)
 
 
+def test_a_row_of_more_than_a_million(backend: str) -> None:
+    n = 2**20 + 9
+    scores = torch.zeros(n)
+    scores[-5:] = 1.0
+    assert smk.topk_mask(scores, k=4).ids.tolist() == [n - 5, n - 4, n - 3, n - 2]
+    assert smk.topk_mask(scores, k=7).ids.tolist() == [0, 1, *range(n - 5, n)]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.07, 0.15, 1 / 3, 0.5, 0.75, 1.0])
 def test_ratio_is_the_exact_ceiling_of_the_valid_positions(backend: str, ratio: float) -> None:
     scores = adversarial(101, 100)
