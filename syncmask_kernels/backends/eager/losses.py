@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from syncmask_kernels.backends.eager import losses_known_rows
 from syncmask_kernels.backends.eager.masking import gather_masked
 from syncmask_kernels.backends.eager.selection import ids_of
 from syncmask_kernels.backends.loss_request import Head, Targets
@@ -79,6 +82,21 @@ def _streamed(student: Head, targets: Targets) -> Tensor:
     return torch.cat(parts)
 
 
+def _host_knows(ids: Tensor, student: Head, targets: Targets, reduction: str) -> bool:
+    """Whether `ids` are labelled rows, one or more, whose losses may be summed at once."""
+    summed = reduction != "none" and ids.shape[0] > 0
+    return summed and _host_counts(ids) and losses_known_rows.serves(student, targets)
+
+
+def _known_rows_loss(rows: Tensor, student: Head, targets: Targets, reduction: str) -> Tensor:
+    scale = 1 / rows.shape[0] if reduction == "mean" else 1.0
+
+    def plain(*head: Any) -> Tensor:
+        return scale * _losses_at(rows, Head(*head), targets).sum()
+
+    return losses_known_rows.summed_loss(student, targets, rows, scale, plain)
+
+
 def masked_linear_cross_entropy(
     student: Head, targets: Targets, ids: Tensor | None, capacity: int | None, reduction: str
 ) -> Tensor:
@@ -90,15 +108,20 @@ def masked_linear_cross_entropy(
         ids = labels
     elif ids is not None:
         counted = labelled.index_select(0, ids.clamp(min=0)) & (ids >= 0)
+        if _host_counts(labels):
+            ids = ids[counted]
     elif _host_counts(labels):
         ids = labelled.nonzero().squeeze(1)
     elif capacity is not None:
         ids = ids_of(labelled & (labelled.cumsum(dim=0) <= capacity), capacity)
-    losses = _streamed(student, targets) if ids is None else _losses_at(ids, student, targets)
-    if reduction != "none":
-        losses = _reduce(losses, counted, reduction)
-    elif ids is not None:
-        losses = losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
+    if ids is not None and _host_knows(ids, student, targets, reduction):
+        losses = _known_rows_loss(ids, student, targets, reduction)
+    else:
+        losses = _streamed(student, targets) if ids is None else _losses_at(ids, student, targets)
+        if reduction != "none":
+            losses = _reduce(losses, counted, reduction)
+        elif ids is not None:
+            losses = losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
     if capacity is not None:
         # A factor, not a where(): the gradients of rows that did not fit must not pass for zero.
         losses = losses * torch.where(labelled.sum() > capacity, float("nan"), 1.0)

@@ -1,0 +1,103 @@
+"""masked_linear_cross_entropy where the host knows the rows: parts, blocks, memory, backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncmask_kernels as smk
+from reference.ops import losses as oracle
+from syncmask_kernels.backends.eager import losses_known_rows
+from tests.test_losses_cross_entropy import Case, V, gradients
+
+FORMS = [("bias",), ("bias", "smoothing", "soft", "sum"), ("ids", "smoothing", "teacher")]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Three rows at a time where the gradient of the weight has no room, blocks of a few words."""
+    monkeypatch.setattr(losses_known_rows, "SPARE_LOGITS", 3 * V)
+    monkeypatch.setattr(losses_known_rows, "BLOCK", 40)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tokens", [4, 16], ids=["room to spare", "more rows than room"])
+@pytest.mark.parametrize("names", FORMS, ids=", ".join)
+def test_parts_and_blocks(names, tokens):
+    case = Case(torch.float64, batch=5, tokens=tokens)
+    options = case.options(names)
+    got = gradients(smk.masked_linear_cross_entropy, case, options)
+    truth = gradients(oracle.masked_linear_cross_entropy, case, options)
+    for value, want in zip(got, truth, strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("names", FORMS[1:], ids=", ".join)
+@pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2), ()], ids=str)
+def test_only_the_gradients_asked_for(names, asked):
+    case = Case(torch.float64, batch=5)
+    options = case.options(names)
+    options["bias"] = case.bias
+    _, *all_gradients = gradients(smk.masked_linear_cross_entropy, case, options)
+    options["bias"] = case.bias.requires_grad_(2 in asked)
+    inputs = [case.hidden.requires_grad_(0 in asked), case.weight.requires_grad_(1 in asked)]
+    loss = smk.masked_linear_cross_entropy(*inputs, case.labels, **options)
+    assert loss.requires_grad == bool(asked)
+    leaves = [[*inputs, options["bias"]][i] for i in asked]
+    for i, got in zip(asked, torch.autograd.grad(loss, leaves) if asked else (), strict=True):
+        torch.testing.assert_close(got, all_gradients[i], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("names", FORMS, ids=", ".join)
+def test_gradients_of_gradients(names):
+    case = Case(torch.float64, batch=2, tokens=4)
+    options = case.options(names)
+    inputs = [case.hidden, case.weight, options.pop("bias", case.bias)]
+
+    def loss(hidden, weight, bias):
+        return smk.masked_linear_cross_entropy(hidden, weight, case.labels, bias=bias, **options)
+
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=True)
+
+
+def test_a_second_backward_pass():
+    case = Case(torch.float64)
+    inputs = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    loss = smk.masked_linear_cross_entropy(*inputs, case.labels)
+    first = torch.autograd.grad(loss, inputs, torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    for three, one in zip(first, second, strict=True):
+        torch.testing.assert_close(three, 3 * one, rtol=1e-12, atol=1e-14)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+class Storages(TorchDispatchMode):
+    """The sizes of the memory of what operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.sizes.add(result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_logits_take_no_memory_of_their_own(distilled):
+    rows, vocabulary, width = 30, 20_000, 64
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    teacher = (torch.randn(rows, width), torch.randn(vocabulary, width), None)
+    options = {"teacher": teacher, "alpha": 0.4} if distilled else {}
+    with Storages() as storages:
+        smk.masked_linear_cross_entropy(hidden, weight, torch.arange(rows), **options).backward()
+    assert weight.grad is not None
+    storages.sizes.discard(weight.nbytes)
+    assert max(storages.sizes) <= 4 * losses_known_rows.BLOCK < 4 * rows * vocabulary
