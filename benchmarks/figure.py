@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.report import Comparison
 
 FLOOR, OTHER, OURS = "#b8b8b8", "#7fa6c9", "#d9722e"
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 INCHES_PER_BAR = 0.19
 PANEL_MARGIN = 3.5  # for the title and the axis of a panel, in bars
 
@@ -33,7 +34,8 @@ def _draw_panel(axis: Any, op: str, panel: Sequence[Comparison]) -> None:
     y, ticks, names = 0.0, [], []
     longest = max(row.median / c.floor for c in panel for row in c.rows)
     for comparison in panel:
-        axis.text(0, y, comparison.case.inputs, va="center", fontsize=8, fontweight="bold")
+        inputs = comparison.case.inputs
+        axis.text(0, y, inputs, va="center", fontsize=8, fontweight="bold", bbox=ON_WHITE)
         for i, row in enumerate(comparison.rows):
             y += 1
             ratio = row.median / comparison.floor
@@ -46,7 +48,7 @@ def _draw_panel(axis: Any, op: str, panel: Sequence[Comparison]) -> None:
                 f"{ratio:.2f}  ({time} ms)",
                 va="center",
                 fontsize=7,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                bbox=ON_WHITE,
             )
             ticks.append(y)
             names.append(row.contender)

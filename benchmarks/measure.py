@@ -16,7 +16,7 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_INPUTS = 256
-FEWEST_TURNS, MOST_SECONDS = 7, 3.0  # a slow comparison ends early, but not before these turns
+FEWEST_TURNS, MOST_SECONDS = 5, 3.0  # a slow comparison ends early, but not before these turns
 
 Function = Callable[[Any], Any]
 Check = Callable[[Any], None]

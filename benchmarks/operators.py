@@ -14,7 +14,7 @@ from benchmarks.measure import tensors_of
 from tests.accuracy import assert_as_accurate
 
 Arguments = tuple[Any, ...]
-BATCH, HEADS, WORDS, PATCHES, DIM, VOCABULARY = 5, 6, 23, 197, 40, 61
+BATCH, HEADS, WORDS, PATCHES, DIM, VOCABULARY, COLUMNS = 5, 6, 23, 197, 40, 61, 67
 
 
 class Operator(NamedTuple):
@@ -76,6 +76,16 @@ def _moved(teacher: Tensor, student: Tensor) -> Tensor:
     return teacher
 
 
+def _pointer(generator: torch.Generator) -> Tensor:
+    return torch.randint(COLUMNS, (1,), generator=generator)
+
+
+def _enqueued(queue: Tensor, pointer: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    queue, pointer = queue.clone(), pointer.clone()
+    smk.enqueue_(queue, pointer, keys)
+    return queue, pointer
+
+
 _qk = (_drawn(BATCH, HEADS, WORDS, DIM), _drawn(BATCH, HEADS, 1 + PATCHES, DIM))
 _qkv = (*_qk, _drawn(BATCH, HEADS, 1 + PATCHES, DIM))
 _scores = _drawn(BATCH, PATCHES)
@@ -135,6 +145,14 @@ OPERATORS = {
     "masked_patch_loss": Operator(
         lambda pred, target, mask: smk.masked_patch_loss(pred, target, mask, norm_pix=True),
         _all(_drawn(BATCH, PATCHES, DIM), _drawn(BATCH, PATCHES, DIM), _mask(0.5, BATCH, PATCHES)),
+    ),
+    "queue_contrastive_loss": Operator(
+        lambda *inputs: smk.queue_contrastive_loss(*inputs, 0.07, alpha=0.4),
+        _all(*[_drawn(BATCH, DIM)] * 4, *[_drawn(DIM, COLUMNS)] * 2),
+    ),
+    "enqueue_": Operator(
+        _enqueued,
+        _all(_drawn(DIM, COLUMNS), _pointer, _drawn(BATCH, DIM)),
     ),
     "sample_negatives": Operator(
         lambda sim, seed: smk.sample_negatives(sim, seed=seed), _all(_drawn(64, 64), _seed)
