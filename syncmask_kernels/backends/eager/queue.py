@@ -107,7 +107,7 @@ def enqueue_(
     kept = min(size, count)
     order = torch.arange(count - kept, count, device=queue.device)
     columns = (pointer + order) % size
-    queue.index_copy_(1, columns, keys[count - kept :].T.to(queue.dtype))
+    queue.scatter_(1, columns.expand(queue.shape[0], kept), keys[count - kept :].T.to(queue.dtype))
     if ids is not None and queue_ids is not None:
-        queue_ids.index_copy_(0, columns, ids[count - kept :])
+        queue_ids.scatter_(0, columns, ids[count - kept :])
     pointer.copy_((pointer + count) % size)
