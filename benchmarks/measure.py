@@ -182,7 +182,10 @@ def launches(function: Function, argument: Any) -> int | None:
     with torch.profiler.profile(activities=activities) as profile:
         function(argument)
         torch.cuda.synchronize()
-    return sum(event.device_type.name == "CUDA" for event in profile.events())
+    return sum(
+        event.device_type.name == "CUDA" and not event.is_user_annotation
+        for event in profile.events()
+    )
 
 
 def compare(

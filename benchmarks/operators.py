@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ OPERATORS = {
         _all(_drawn(BATCH, PATCHES, DIM), _drawn(BATCH, PATCHES, DIM), _mask(0.5, BATCH, PATCHES)),
     ),
     "queue_contrastive_loss": Operator(
-        lambda *inputs: smk.queue_contrastive_loss(*inputs, 0.07, alpha=0.4),
+        partial(smk.queue_contrastive_loss, temperature=0.07, alpha=0.4),
         _all(*[_drawn(BATCH, DIM)] * 4, *[_drawn(DIM, COLUMNS)] * 2),
     ),
     "enqueue_": Operator(

@@ -82,6 +82,44 @@ def test_time_is_that_of_the_call() -> None:
     assert ours.median >= 20
 
 
+class Event:
+    """In the place of a CUDA event: ten milliseconds pass between any two."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 10.0
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_on_a_gpu_a_time_is_the_mean_over_all_inputs(
+    monkeypatch: pytest.MonkeyPatch, capturable: bool
+) -> None:
+    calls: list[Any] = []
+
+    def captured(run: Callable[[], None]) -> tuple[Any, None]:
+        if not capturable:
+            raise RuntimeError("not permitted when stream is capturing")
+        run()
+        return SimpleNamespace(replay=lambda: calls.append("replay")), None
+
+    monkeypatch.setattr(measure, "DEVICE", "cuda")
+    monkeypatch.setattr(measure, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    method, sample = measure.sampler(calls.append, [0, 1, 2, 3])
+    assert sample(0) == 2.5
+    assert calls == ([0, 1, 2, 3, "replay"] if capturable else [0, 1, 2, 3])
+    assert method == ("graph replay" if capturable else "eager calls")
+
+
 @on_cpu
 @on_linux
 @pytest.mark.parametrize("temporary", [0, 16, 48])
