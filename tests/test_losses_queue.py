@@ -119,7 +119,7 @@ def test_results_and_gradients_against_the_truth(names, dtype):
     truth = gradients(oracle.queue_contrastive_loss, case, options, torch.Tensor.double)
     assert [x.dtype for x in got] == [torch.float32] * 3 + [dtype] * 2 + [torch.float32]
     for value, own, want in zip(got, same_type, truth, strict=True):
-        assert_as_accurate(value, own, want, factor=2)
+        assert_as_accurate(value, own, want)
 
 
 @pytest.mark.parametrize("names", CASES, ids=", ".join)
@@ -189,7 +189,7 @@ def test_half_features_beside_a_queue_of_another_type(queue_dtype):
     truth = gradients(oracle.queue_contrastive_loss, case, {"alpha": 0.4}, torch.Tensor.double)
     same_type = gradients(plain, case, {"alpha": 0.4})
     for value, own, want in zip(got, same_type, truth, strict=True):
-        assert_as_accurate(value, own, want, factor=2)
+        assert_as_accurate(value, own, want)
 
 
 def test_autocast_does_not_round_products():
