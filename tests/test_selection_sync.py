@@ -313,6 +313,18 @@ def test_a_word_that_sees_no_key_scores_zero(
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
+def test_a_patch_that_no_word_sees_is_shared_by_none(backend: str, token_score: str) -> None:
+    inputs = case(1, 3, 2, 7, 12)
+    inputs["attn"][..., 4] = 0.0
+    chosen = smk.sync_topk_mask(inputs["attn"], inputs["token_valid"], token_score=token_score)
+    inputs["patch_valid"][:] = True
+    rules = ("mean", token_score)
+    _, truth = oracle_scores(inputs, rules, torch.float64, with_lse=False)
+    _, plain = oracle_scores(inputs, rules, torch.float32, with_lse=False)
+    assert_as_accurate(chosen.token_scores, plain, truth)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 1), (0, 1, 0, 1)], ids=str)
 @pytest.mark.parametrize("rules", RULES, ids="-".join)
 def test_empty(backend: str, shape: tuple[int, ...], rules: tuple[str, str]) -> None:
