@@ -69,8 +69,8 @@ def load_row(
 
 @triton.jit
 def word_keys(
-    keys, parts, blocks, divisor, valid, noise, word_ids, row, N, columns,
-    COMBINE_MAX: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    keys, scores, valid, noise, word_ids, row, N, columns,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """For each piece the best key of its word's pieces, and the position of the first of them."""
     words = tl.load(word_ids + row * N + columns, columns < N, -1)
@@ -80,7 +80,7 @@ def word_keys(
     for start in range(0, N, CHUNK):
         others = start + tl.arange(0, CHUNK)
         _, other_keys = load_row(
-            parts, blocks, divisor, valid, noise, word_ids, row, N, others, COMBINE_MAX, True
+            scores, 1, None, valid, noise, word_ids, row, N, others, False, True
         )
         other_words = tl.load(word_ids + row * N + others, others < N, -1)
         same = (words[:, None] == other_words[None, :]) & (other_keys > 0)[None, :]
@@ -130,10 +130,11 @@ def select_row(
     if word_ids is None:
         mask = select(keys, columns, keys > 0, k, num, den, row)
     else:
+        # Pieces are compared by the scores that other threads have just stored.
+        tl.debug_barrier()
         best, first = word_keys(
-            keys, parts, blocks, divisor, valid, noise, word_ids, row, N, columns,
-            COMBINE_MAX, BLOCK, CHUNK,
-        )  # fmt: skip
+            keys, scores_out, valid, noise, word_ids, row, N, columns, BLOCK, CHUNK
+        )
         mask = select(best, first, first == columns, k, num, den, row)
     tl.store(mask_out + row * N + columns, mask, columns < N)
     chosen = mask.to(tl.int32)

@@ -1,0 +1,112 @@
+"""The launches of Triton kernels that are compiled ahead of time, as the operators make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from syncmask_kernels.backends import overloads
+from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, SyncRequest
+from syncmask_kernels.backends.triton import attention, scores, selection
+from syncmask_kernels.backends.triton.launch import Launch
+
+
+def sync_launches(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    rules: tuple[str, str] = ("mean", "max"),
+    everything: bool = False,
+    own_scores: bool = False,
+) -> list[Launch]:
+    batch, heads, words, keys = shape
+    patches = keys - 1
+    given: dict[str, Any] = dict.fromkeys(SyncRequest._fields[3:])
+    k = lse = patch_valid = None
+    if everything:
+        k = torch.empty(batch, dtype=torch.int64)
+        lse = torch.empty(1, batch, heads, words)
+        patch_valid = torch.empty(batch, patches, dtype=torch.bool)
+        given["patch_noise"] = torch.empty(batch, patches)
+        given["token_noise"] = torch.empty(batch, words)
+        given["word_ids"] = torch.empty(batch, words, dtype=torch.int64)
+    if own_scores:
+        given["patch_scores"] = torch.empty(batch, patches)
+        given["token_scores"] = torch.empty(batch, words)
+    attn = torch.empty(1, *shape, dtype=dtype)
+    token_valid = torch.empty(batch, words, dtype=torch.bool)
+    request = SyncRequest(
+        Scoring(attn, lse, token_valid, patch_valid, *rules, 1, 0),
+        Count(k, 1, 2, patches // 2),
+        Count(None, 3, 20, words),
+        **given,
+    )
+    return selection.sync_launches(*overloads.sync_arguments(request))[1]
+
+
+def topk_launches(size: int, dtype: torch.dtype) -> list[Launch]:
+    return selection.topk_launches(
+        torch.empty(64, size, dtype=dtype), None, None, 1, 2, size, True
+    )[1]
+
+
+def attention_inputs(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """q, k and v of one layer, and valid keys."""
+    batch, heads, words, keys, dim = shape
+    q = torch.empty(1, batch, heads, words, dim, dtype=dtype)
+    k, v = torch.empty(2, 1, batch, heads, keys, dim, dtype=dtype)
+    return q, k, v, torch.empty(batch, keys, dtype=torch.bool)
+
+
+def average_launches(shape: tuple[int, ...], dtype: torch.dtype) -> list[Launch]:
+    return attention.average_launches(torch.empty(shape, dtype=dtype), 1)[1]
+
+
+def map_launches(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, output: bool
+) -> list[Launch]:
+    q, k, v, valid = attention_inputs(shape, dtype)
+    return attention.map_launches(q, k, v if output else None, valid, 0.125, 1)[2]
+
+
+def score_qk_launches(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, rule: str, everything: bool
+) -> list[Launch]:
+    batch, heads, words, keys, _ = shape
+    q, k, _, valid = attention_inputs(shape, dtype)
+    distance = torch.empty(1, batch, heads, keys) if everything else None
+    masks = torch.empty(batch, words, dtype=torch.bool), valid[:, 1:] if everything else None
+    return scores.score_qk_launches(
+        q, k, distance, valid, *masks, 0.125, -1, TOKEN_SCORES.index(rule), 1
+    )[1]
+
+
+def similarity_launches(batch: int, dtype: torch.dtype) -> list[Launch]:
+    patches, tokens = (torch.empty(batch, n, 512, dtype=dtype) for n in (256, 30))
+    return scores.similarity_launches(patches, tokens, None)[1]
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+USUAL, ODD, LARGE = (64, 12, 30, 257, 64), (37, 7, 23, 198, 40), (8, 12, 128, 1025, 128)
+CASES = {
+    "default": lambda: sync_launches((64, 12, 30, 257), FP32),
+    "default-bf16": lambda: sync_launches((64, 12, 30, 257), BF16),
+    "dual": lambda: sync_launches((37, 7, 23, 198), FP32, ("cls", "dual"), everything=True),
+    "dual-bf16": lambda: sync_launches((37, 7, 23, 198), BF16, ("cls", "dual"), everything=True),
+    "long": lambda: sync_launches(
+        (4, 12, 512, 577), FP32, ("mean", "text_softmax"), everything=True
+    ),
+    "own": lambda: sync_launches((37, 7, 23, 198), FP32, own_scores=True),
+    "topk": lambda: topk_launches(196, FP32),
+    "topk-long-bf16": lambda: topk_launches(4096, BF16),
+    "average": lambda: average_launches((1, *USUAL[:4]), FP32),
+    "output": lambda: map_launches(ODD, FP32, output=True),
+    "output-bf16": lambda: map_launches(USUAL, BF16, output=True),
+    "qk": lambda: score_qk_launches(ODD, FP32, "dual", everything=True)[1:],
+    "qk-bf16": lambda: score_qk_launches(USUAL, BF16, "max", everything=True),
+    "qk-large": lambda: score_qk_launches(LARGE, BF16, "dual", everything=False)[1:],
+    "similarity": lambda: similarity_launches(64, FP32),
+    "similarity-bf16": lambda: similarity_launches(64, BF16),
+}
