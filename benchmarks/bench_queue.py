@@ -42,7 +42,7 @@ def plain_loss(
     with torch.no_grad():
         images = torch.cat([image_key.t(), image_queue.clone()], dim=1)
         texts = torch.cat([text_key.t(), text_queue.clone()], dim=1)
-        own = torch.eye(*text_key.shape[:1], images.shape[1], dtype=images.dtype).to(images.device)
+        own = torch.eye(text_key.shape[0], images.shape[1], dtype=images.dtype).to(images.device)
         i2t = ALPHA * (image_key @ texts / temperature).softmax(dim=1) + (1 - ALPHA) * own
         t2i = ALPHA * (text_key @ images / temperature).softmax(dim=1) + (1 - ALPHA) * own
     sim_i2t, sim_t2i = image_feat @ texts / temperature, text_feat @ images / temperature

@@ -102,6 +102,7 @@ def sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[st
     environment = os.environ | {
         "GPU_ON_CPU_SANITIZER": sanitizer,
         "LD_PRELOAD": " ".join(libraries),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TSAN_OPTIONS": "halt_on_error=1",
     }
