@@ -128,6 +128,11 @@ CALLS: dict[str, Callable[[], Call]] = {
     "sync-words": lambda: sync(
         3, 4, 40, 50, word_ids=torch.randint(-1, 20, (3, 40), generator=seeded(8)), token_ratio=0.4
     ),
+    "sync-many-words": lambda: sync(
+        *(2, 1, 600, 9),
+        word_ids=torch.randint(-1, 300, (2, 600), generator=seeded(8)),
+        token_ratio=0.4,
+    ),
     "sync-noise": lambda: sync(3, 4, 9, 50, **noise(3, 9, 49), token_k=torch.tensor([0, 3, 9])),
     "sync-own": lambda: sync(3, 4, 9, 50, **own_scores(3, 9, 49)),
     "average": lambda: (smk.head_average, {"attn": attention(2, 2, 3, 5, 261)}),
