@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed
 
 from syncmask_kernels import _checks, backends
-from syncmask_kernels.backends.queue_request import Keys
+from syncmask_kernels.backends.queue_losses_request import Keys
 
 
 def _check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], first: Tensor) -> None:

@@ -10,8 +10,8 @@ from torch import multiprocessing
 from torch.nn import functional as F
 
 import syncmask_kernels as smk
-from reference.ops import queue as oracle
-from syncmask_kernels.backends.eager import queue as eager
+from reference.ops import queue_losses as oracle
+from syncmask_kernels.backends.eager import queue_losses as eager
 from tests.accuracy import assert_as_accurate
 from tests.compiling import assert_compiles_once
 from tests.enqueue_rank import enqueue_of_a_rank

@@ -8,7 +8,7 @@ from syncmask_kernels.backends.eager import (
     masking,
     momentum,
     negatives,
-    queue,
+    queue_losses,
     selection,
 )
 from syncmask_kernels.backends.kernel import Kernel
@@ -28,8 +28,8 @@ KERNELS = {
     "scatter_masked": Kernel(masking.scatter_masked),
     "masked_linear_cross_entropy": Kernel(losses.masked_linear_cross_entropy),
     "masked_patch_loss": Kernel(losses.masked_patch_loss),
-    "queue_contrastive_loss": Kernel(queue.queue_contrastive_loss),
-    "enqueue_": Kernel(queue.enqueue_),
+    "queue_contrastive_loss": Kernel(queue_losses.queue_contrastive_loss),
+    "enqueue_": Kernel(queue_losses.enqueue_),
     "sample_negatives": Kernel(negatives.sample_negatives),
     "ema_update_": Kernel(momentum.ema_update_),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncmask_kernels.backends.eager.attention import product
-from syncmask_kernels.backends.queue_request import Keys
+from syncmask_kernels.backends.queue_losses_request import Keys
 
 CPU_COLUMNS, COLUMNS = 4096, 16384  # keys at a time: what a CPU's cache holds; few launches
 
