@@ -40,10 +40,6 @@ def guarded_outputs() -> Iterator[None]:
         torch.testing.assert_close(outside, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def serve(op: Any, backend: str, arguments: dict[str, Any]) -> Any:
     """The answer on the CPU, to arguments on the CPU."""
     moved = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in arguments.items()}

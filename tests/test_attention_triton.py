@@ -17,7 +17,8 @@ from reference.ops import attention as oracle
 from syncmask_kernels.backends import BackendError, triton
 from tests.accuracy import assert_as_accurate
 from tests.compiling import assert_compiles_once
-from tests.on_triton import DEVICE, inside_nan, seeded, serve
+from tests.on_triton import DEVICE, inside_nan, serve
+from tests.sync_cases import seeded
 
 NAN, INF = float("nan"), float("inf")
 TYPES = [torch.float32, torch.float16]

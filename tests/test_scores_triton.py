@@ -18,7 +18,8 @@ from reference.ops import selection as oracle
 from syncmask_kernels.backends import BackendError, eager, triton
 from tests.accuracy import assert_as_accurate
 from tests.compiling import assert_compiles_once
-from tests.on_triton import DEVICE, guarded_outputs, inside_nan, seeded, serve
+from tests.on_triton import DEVICE, guarded_outputs, inside_nan, serve
+from tests.sync_cases import seeded
 
 NAN, INF = float("nan"), float("inf")
 NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|All-NaN):RuntimeWarning")

@@ -16,9 +16,16 @@ from torch import Tensor
 import syncmask_kernels as smk
 from reference.ops import selection as oracle
 from syncmask_kernels.backends import BackendError, triton
-from tests.accuracy import assert_as_accurate
 from tests.compiling import assert_compiles_once
-from tests.on_triton import DEVICE, seeded, serve
+from tests.on_triton import DEVICE, serve
+from tests.sync_cases import (
+    assert_right,
+    assert_selects,
+    case,
+    everything,
+    seeded,
+    true_scores,
+)
 
 NAN, INF = float("nan"), float("inf")
 RULES = [(p, t) for p in ("mean", "cls") for t in ("max", "text_softmax", "dual")]
@@ -106,78 +113,9 @@ def test_topk_empty(shape: tuple[int, int]) -> None:
 # ---- sync_topk_mask ----
 
 
-def case(
-    batch: int = 2,
-    heads: int = 3,
-    words: int = 7,
-    patches: int = 49,
-    layers: int = 1,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> dict[str, Any]:
-    """Arguments of sync_topk_mask, with one image CLS before the patches."""
-    shape = (layers, batch, heads, words, patches + 1)
-    attn = torch.randn(shape, generator=seeded()).mul(2).softmax(dim=-1).to(dtype)
-    valid = torch.rand(batch, words, generator=seeded()) < 0.7
-    return {"attn": attn, "token_valid": valid, "skip_keys": 1, **options}
-
-
-def everything(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same with every optional tensor."""
-    layers, batch, heads, words, keys = arguments["attn"].shape
-    patches = keys - arguments["skip_keys"]
-    return arguments | {
-        "lse": torch.randn(layers, batch, heads, words, generator=seeded(1)) * 4,
-        "patch_valid": torch.rand(batch, patches, generator=seeded(2)) < 0.7,
-        "word_ids": torch.randint(-1, max(words // 2, 1), (batch, words), generator=seeded(3)),
-        "patch_noise": torch.randn(batch, patches, generator=seeded(4)) * 0.02,
-        "token_noise": torch.randn(batch, words, generator=seeded(5)).double() * 0.2,
-    }
-
-
-def true_scores(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    layers = list(arguments["attn"].double())
-    lse, cls_index = arguments.get("lse"), arguments.get("cls_index", 0)
-    valid = arguments["token_valid"]
-    known = {"patch_valid": arguments.get("patch_valid"), "skip_keys": arguments["skip_keys"]}
-    return (
-        oracle.patch_scores(
-            layers, valid, arguments.get("patch_score", "mean"), cls_index=cls_index, **known
-        ),
-        oracle.token_scores(
-            layers,
-            valid,
-            arguments.get("token_score", "max"),
-            lse=None if lse is None else list(lse.double()),
-            **known,
-        ),
-    )
-
-
-def check_selection(got: smk.SyncMask, arguments: dict[str, Any]) -> None:
-    """The selection is exactly that of the scores returned, plus the noise."""
-    for side, default in (("patch", 0.5), ("token", 0.15)):
-        scores, mask = getattr(got, f"{side}_scores"), getattr(got, f"{side}_mask")
-        scores = scores + arguments.get(f"{side}_noise", torch.zeros(())).float()
-        k = arguments.get(f"{side}_k")
-        count = {"k": k.tolist() if isinstance(k, Tensor) else k}
-        count["ratio"] = arguments.get(f"{side}_ratio", default) if k is None else None
-        valid = arguments.get(f"{side}_valid")
-        if side == "token" and "word_ids" in arguments:
-            wanted = oracle.word_mask(scores, arguments["word_ids"], valid=valid, **count)
-        else:
-            wanted = oracle.topk_mask(scores, valid=valid, **count)
-        assert torch.equal(mask, wanted)
-        ids = getattr(got, f"{side}_ids")
-        assert torch.equal(ids, oracle.ids_of(wanted, ids.shape[1]))
-
-
 def check_sync(arguments: dict[str, Any]) -> smk.SyncMask:
     got = serve(smk.sync_topk_mask, "triton", arguments)
-    plain = serve(smk.sync_topk_mask, "eager", arguments)
-    for ours, theirs, truth in zip(got[4:], plain[4:], true_scores(arguments), strict=True):
-        assert_as_accurate(ours, theirs, truth, factor=4.0)
-    check_selection(got, arguments)
+    assert_right(got, arguments)
     return got
 
 
@@ -216,7 +154,7 @@ def test_empty(sizes: tuple[int, int, int], token_score: str) -> None:
     got = serve(smk.sync_topk_mask, "triton", arguments)
     assert got.patch_scores.tolist() == [[0.0] * patches] * batch
     assert got.token_scores.tolist() == [[0.0] * words] * batch
-    check_selection(got, arguments)
+    assert_selects(got, arguments)
 
 
 @pytest.mark.parametrize("token_score", ["max", "text_softmax", "dual"])
@@ -294,7 +232,7 @@ def test_not_finite(patch_score: str, token_score: str) -> None:
     got = serve(smk.sync_topk_mask, "triton", arguments)
     for ours, truth in zip(got[4:], true_scores(arguments), strict=True):
         torch.testing.assert_close(ours, truth.float(), rtol=1e-6, atol=0, equal_nan=True)
-    check_selection(got, arguments)
+    assert_selects(got, arguments)
 
 
 @pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
@@ -337,7 +275,7 @@ def test_own_scores(patch_score: str, given: tuple[str, ...]) -> None:
     for name in SCORES:
         wanted = own[name] if name in given else truth[name].float()
         torch.testing.assert_close(getattr(got, name), wanted, rtol=1e-6, atol=0, equal_nan=True)
-    check_selection(got, arguments)
+    assert_selects(got, arguments)
 
 
 def test_pieces_of_words_are_chosen_together() -> None:
