@@ -108,6 +108,20 @@ def test_nan_and_infinities_are_those_of_eager(backend: str) -> None:
     torch.testing.assert_close(got, wanted, equal_nan=True)
 
 
+def test_minus_infinity_is_a_similarity(backend: str) -> None:
+    tokens = torch.full((1, 2, 1), -float("inf"))
+    assert smk.max_similarity(torch.ones(1, 1, 1), tokens).item() == -float("inf")
+
+
+def test_the_first_of_several_nan_gets_the_gradient(backend: str) -> None:
+    patches, tokens = torch.ones(1, 2, 3), torch.ones(1, 5, 3)
+    tokens[0, [1, 3]] = float("nan")
+    tokens.requires_grad_()
+    smk.max_similarity(patches, tokens).sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad[0, :, 0].tolist() == [0, 2, 0, 0, 0]
+
+
 def test_excluded_tokens_may_hold_anything(backend: str) -> None:
     patches, tokens = pair((3, 20, 9, 24))
     valid = positions(3, 9)

@@ -258,6 +258,16 @@ def test_words_of_broken_scores(backend: str) -> None:
         assert torch.equal(chosen.token_ids, oracle.ids_of(expected, 40))
 
 
+@pytest.mark.parametrize("given", ["patch_scores", "token_scores"])
+def test_scores_of_one_side_leave_the_rule_of_the_other(backend: str, given: str) -> None:
+    inputs = case(1, 3, 2, 7, 12)
+    by_rule = smk.sync_topk_mask(**inputs)
+    own = smk.sync_topk_mask(**inputs, **{given: torch.zeros_like(getattr(by_rule, given))})
+    assert (getattr(own, given) == 0).all()
+    other = "token_scores" if given == "patch_scores" else "patch_scores"
+    assert torch.equal(getattr(own, other), getattr(by_rule, other))
+
+
 def test_scores_and_counts_of_the_caller(backend: str) -> None:
     inputs = case(1, 3, 2, 7, 12)
     mine = {"patch_scores": torch.randn(3, 11).bfloat16(), "token_scores": torch.randn(3, 7)}

@@ -16,7 +16,7 @@ from tests.accuracy import assert_as_accurate
 from tests.attention_cases import LAYOUTS
 from tests.selection_cases import INF, RULES, assert_chosen, positions
 
-SHAPES = [(2, 3, 4, 9, 33, 16), (1, 2, 12, 17, 198, 40), (1, 1, 2, 1, 2, 1), (1, 2, 3, 30, 66, 64)]
+SHAPES = [(2, 4, 4, 9, 33, 16), (1, 3, 12, 17, 198, 40), (1, 1, 2, 1, 2, 1), (1, 3, 3, 30, 66, 64)]
 
 
 def case(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def case(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict
         "q": q.to(dtype),
         "k": k.to(dtype),
         "v": v.to(dtype),
-        "token_valid": positions(batch, words, 0.8, seed=1),
+        "token_valid": positions(batch, words, 0.5, seed=1),
         "patch_valid": positions(batch, keys - 1, 0.8, seed=2),
         "key_valid": positions(batch, keys, 0.9, seed=3),
     }
@@ -69,6 +69,24 @@ def check_scores(
         assert got.dtype == torch.float32
         # The worst score hangs on the rounding of a few logits, which is luck.
         assert_as_accurate(got, own, exact, factor=8.0)
+
+
+def test_cases_have_captions_of_some_words() -> None:
+    """Captions of all words or of none hide what is done with the words that do not count."""
+    for shape in SHAPES[:2]:
+        inputs = case(*shape)
+        counted = inputs["token_valid"].float().mean(dim=1)
+        assert ((counted > 0) & (counted < 1) & inputs["key_valid"].any(dim=1)).any()
+
+
+@pytest.mark.parametrize("rules", RULES[:3], ids="-".join)
+def test_words_that_do_not_count_have_no_weight(backend: str, rules: tuple[str, str]) -> None:
+    inputs = case(*SHAPES[0])
+    options = {"patch_score": rules[0], "token_score": rules[1]}
+    wanted = smk.sync_topk_mask_qk(**inputs, **options)
+    counted = inputs["token_valid"][None, :, None, :, None]
+    inputs["q"] = torch.where(counted, inputs["q"], 100 * inputs["q"])
+    torch.testing.assert_close(smk.sync_topk_mask_qk(**inputs, **options), wanted)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "values"])
