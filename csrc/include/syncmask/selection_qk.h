@@ -57,6 +57,7 @@ SYNCMASK_INLINE void add_head_scores(float* logits, int64_t keys, int64_t width,
   if (rule != TokenRule::kMax) word_shares(logits, keys, width, counted, shares);
   exponentials(logits, keys, width, factors);
   add_probabilities(logits, factors, keys, width, sums.means);
+  if (rule == TokenRule::kMax && distance == nullptr) return;
   for (int64_t s = 0; s < keys; ++s) {
     for (int64_t lane = 0; lane < width; ++lane) {
       const int64_t i = s * width + lane;
