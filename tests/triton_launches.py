@@ -41,7 +41,7 @@ def sync_launches(
         Count(None, 3, 20, words),
         **given,
     )
-    return selection.sync_launches(*overloads.sync_arguments(request))[1]
+    return selection.sync_launches(*overloads.selection.sync_arguments(request))[1]
 
 
 def topk_launches(size: int, dtype: torch.dtype) -> list[Launch]:

@@ -22,7 +22,7 @@ class NativeSelection:
         return self._topk_mask(scores, valid, *count, largest)
 
     def sync_topk_mask(self, request: SyncRequest) -> Selection:
-        return Selection(*self._sync_topk_mask(*overloads.sync_arguments(request)))
+        return Selection(*self._sync_topk_mask(*overloads.selection.sync_arguments(request)))
 
 
 def refuses_topk_mask(scores: Tensor) -> str | None:

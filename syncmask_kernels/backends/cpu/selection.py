@@ -25,5 +25,5 @@ def refuses_sync_scores_qk(scoring: ScoringQK) -> str | None:
 
 
 def sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
-    patch, token = _sync_scores_qk(*overloads.scoring_qk_arguments(scoring))
+    patch, token = _sync_scores_qk(*overloads.selection.scoring_qk_arguments(scoring))
     return patch, token

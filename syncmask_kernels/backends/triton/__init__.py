@@ -7,6 +7,7 @@ tensors are served only in Triton's interpreter, for tests.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels.backends.kernel import Kernel
-from syncmask_kernels.backends.request import Count, ScoringQK, Selection, SyncRequest
+from syncmask_kernels.backends.request import ScoringQK, SyncRequest
 
 MAX_POSITIONS = 8192  # a row of keys is held by one program
 MAX_SHARED_WORDS = 512  # likewise the words, for the rules that normalise over them
@@ -75,61 +76,25 @@ def _refuses_sync_scores_qk(scoring: ScoringQK) -> str | None:
     )
 
 
-def _head_average(attn: Tensor, skip_keys: int) -> Tensor:
-    from syncmask_kernels.backends.triton import attention
+def _kernel(op: str, refuses: Callable[..., str | None]) -> Kernel:
+    def run(*call: Any) -> Any:
+        from syncmask_kernels.backends.triton import operators
 
-    return attention.head_average(attn, skip_keys)
+        return getattr(operators, op)(*call)
 
-
-def _attention_map(*request: Any) -> Tensor:
-    from syncmask_kernels.backends.triton import attention
-
-    return attention.attention_map(*request)
+    return Kernel(run, refuses)
 
 
-def _attention_with_map(*request: Any) -> tuple[Tensor, Tensor]:
-    from syncmask_kernels.backends.triton import attention
-
-    return attention.attention_with_map(*request)
-
-
-def _topk_mask(
-    scores: Tensor, valid: Tensor | None, count: Count, largest: bool
-) -> tuple[Tensor, Tensor]:
-    from syncmask_kernels.backends.triton import selection
-
-    return selection.topk_mask(scores, valid, count, largest)
-
-
-def _sync_topk_mask(request: SyncRequest) -> Selection:
-    from syncmask_kernels.backends.triton import selection
-
-    return selection.sync_topk_mask(request)
-
-
-def _sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
-    from syncmask_kernels.backends.triton import scores
-
-    return scores.sync_scores_qk(scoring)
-
-
-def _max_similarity(
-    patches: Tensor, tokens: Tensor, token_valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from syncmask_kernels.backends.triton import scores
-
-    return scores.max_similarity(patches, tokens, token_valid)
-
-
-KERNELS = {
-    "head_average": Kernel(_head_average, _refuses_type),
-    "attention_map": Kernel(_attention_map, _refuses_attention),
-    "attention_with_map": Kernel(_attention_with_map, _refuses_attention),
-    "topk_mask": Kernel(_topk_mask, _refuses_topk_mask),
-    "sync_topk_mask": Kernel(_sync_topk_mask, _refuses_sync_topk_mask),
-    "sync_scores_qk": Kernel(_sync_scores_qk, _refuses_sync_scores_qk),
-    "max_similarity": Kernel(_max_similarity, _refuses_products),
+_REFUSALS: dict[str, Callable[..., str | None]] = {
+    "head_average": _refuses_type,
+    "attention_map": _refuses_attention,
+    "attention_with_map": _refuses_attention,
+    "topk_mask": _refuses_topk_mask,
+    "sync_topk_mask": _refuses_sync_topk_mask,
+    "sync_scores_qk": _refuses_sync_scores_qk,
+    "max_similarity": _refuses_products,
 }
+KERNELS = {op: _kernel(op, refuses) for op, refuses in _REFUSALS.items()}
 
 
 def unavailable(device_type: str) -> str | None:

@@ -140,7 +140,7 @@ for _device in ("cpu", "cuda") if INTERPRETED else ("cuda",):
 
 def sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
     """The scores of patches [B, P] and words [B, T]."""
-    patch, token = _sync_scores_qk(*overloads.scoring_qk_arguments(scoring))
+    patch, token = _sync_scores_qk(*overloads.selection.scoring_qk_arguments(scoring))
     return patch, token
 
 

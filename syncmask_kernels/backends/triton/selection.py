@@ -175,4 +175,4 @@ def topk_mask(
 
 def sync_topk_mask(request: SyncRequest) -> Selection:
     """Score both sides and select both."""
-    return Selection(*_sync_topk_mask(*overloads.sync_arguments(request)))
+    return Selection(*_sync_topk_mask(*overloads.selection.sync_arguments(request)))

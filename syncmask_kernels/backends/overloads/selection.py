@@ -1,11 +1,7 @@
-"""The dispatcher's view of the fused operators: one schema and one fake for all backends.
-
-Each backend owns the overload that carries its name (``syncmask::sync_topk_mask.cpu``).
-"""
+"""Schemas and fakes of the selection room, and requests in the order of its schemas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +10,6 @@ from torch import Tensor
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, ScoringQK, SyncRequest
 
 SCHEMAS = {
-    "head_average": "(Tensor attn, int skip_keys) -> Tensor",
-    "attention_map": (
-        "(Tensor q, Tensor k, Tensor? key_valid, float scale, int skip_keys) -> Tensor"
-    ),
-    "attention_with_map": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? key_valid, float scale, int skip_keys)"
-        " -> (Tensor output, Tensor map)"
-    ),
     "topk_mask": (
         "(Tensor scores, Tensor? valid, Tensor? k, SymInt num, SymInt den, SymInt width,"
         " bool largest) -> (Tensor mask, Tensor ids)"
@@ -68,35 +56,6 @@ def scoring_qk_arguments(scoring: ScoringQK) -> tuple[Any, ...]:
         scoring.cls_index if scoring.patch_score == "cls" else -1,
         TOKEN_SCORES.index(scoring.token_score),
         scoring.skip_keys,
-    )
-
-
-def define(op: str, backend: str) -> Any:
-    """Declare the backend's overload of `op` and its fake; returns the overload to call."""
-    torch.library.define(f"syncmask::{op}.{backend}", SCHEMAS[op])
-    torch.library.register_fake(f"syncmask::{op}.{backend}", _FAKES[op])
-    return getattr(getattr(torch.ops.syncmask, op), backend)
-
-
-def _fake_head_average(attn: Tensor, skip_keys: int) -> Tensor:
-    _, batch, _, tokens, keys = attn.shape
-    return attn.new_empty((batch, tokens, keys - skip_keys), dtype=torch.float32)
-
-
-def _fake_attention_map(
-    q: Tensor, k: Tensor, key_valid: Tensor | None, scale: float, skip_keys: int
-) -> Tensor:
-    _, batch, _, tokens, _ = q.shape
-    return q.new_empty((batch, tokens, k.shape[3] - skip_keys), dtype=torch.float32)
-
-
-def _fake_attention_with_map(
-    q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None, scale: float, skip_keys: int
-) -> tuple[Tensor, Tensor]:
-    batch, _, tokens, _ = q.shape
-    return (
-        q.new_empty((*q.shape[:3], v.shape[3])),
-        q.new_empty((batch, tokens, k.shape[2] - skip_keys), dtype=torch.float32),
     )
 
 
@@ -167,10 +126,7 @@ def _fake_max_similarity(
     )
 
 
-_FAKES: dict[str, Callable[..., Any]] = {
-    "head_average": _fake_head_average,
-    "attention_map": _fake_attention_map,
-    "attention_with_map": _fake_attention_with_map,
+FAKES = {
     "topk_mask": _fake_topk_mask,
     "sync_topk_mask": _fake_sync_topk_mask,
     "sync_scores_qk": _fake_sync_scores_qk,

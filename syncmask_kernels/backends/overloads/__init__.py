@@ -1,0 +1,24 @@
+"""The dispatcher's view of the fused operators: one schema and one fake for all backends.
+
+Each backend owns the overload that carries its name (``syncmask::sync_topk_mask.cpu``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from syncmask_kernels.backends.overloads import attention, selection
+
+_ROOMS = (attention, selection)
+SCHEMAS: dict[str, str] = {op: s for room in _ROOMS for op, s in room.SCHEMAS.items()}
+FAKES: dict[str, Callable[..., Any]] = {op: f for room in _ROOMS for op, f in room.FAKES.items()}
+
+
+def define(op: str, backend: str) -> Any:
+    """Declare the backend's overload of `op` and its fake; returns the overload to call."""
+    torch.library.define(f"syncmask::{op}.{backend}", SCHEMAS[op])
+    torch.library.register_fake(f"syncmask::{op}.{backend}", FAKES[op])
+    return getattr(getattr(torch.ops.syncmask, op), backend)
