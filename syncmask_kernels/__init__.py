@@ -14,7 +14,7 @@ from syncmask_kernels.attention import (
     head_average,
 )
 from syncmask_kernels.backends import BackendError, build_info, use_backend
-from syncmask_kernels.losses import masked_linear_cross_entropy, masked_patch_loss
+from syncmask_kernels.losses import masked_linear_cross_entropy
 from syncmask_kernels.masking import (
     gather_masked,
     mask_patches,
@@ -24,6 +24,7 @@ from syncmask_kernels.masking import (
 )
 from syncmask_kernels.momentum import ema_update_
 from syncmask_kernels.negatives import Negatives, sample_negatives
+from syncmask_kernels.patch_losses import masked_patch_loss
 from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
 from syncmask_kernels.selection import (
     AttentiveMask,

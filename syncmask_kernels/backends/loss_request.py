@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-KINDS = ("l1", "mse", "smooth_l1", "cosine")
 REDUCTIONS = ("mean", "sum", "none")
 
 

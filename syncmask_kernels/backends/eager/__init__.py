@@ -8,6 +8,7 @@ from syncmask_kernels.backends.eager import (
     masking,
     momentum,
     negatives,
+    patch_losses,
     queue_losses,
     selection,
 )
@@ -27,7 +28,7 @@ KERNELS = {
     "gather_masked": Kernel(masking.gather_masked),
     "scatter_masked": Kernel(masking.scatter_masked),
     "masked_linear_cross_entropy": Kernel(losses.masked_linear_cross_entropy),
-    "masked_patch_loss": Kernel(losses.masked_patch_loss),
+    "masked_patch_loss": Kernel(patch_losses.masked_patch_loss),
     "queue_contrastive_loss": Kernel(queue_losses.queue_contrastive_loss),
     "enqueue_": Kernel(queue_losses.enqueue_),
     "sample_negatives": Kernel(negatives.sample_negatives),

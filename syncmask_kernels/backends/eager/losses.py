@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from syncmask_kernels.backends.eager import losses_known_rows
-from syncmask_kernels.backends.eager.masking import gather_masked
 from syncmask_kernels.backends.eager.selection import ids_of
 from syncmask_kernels.backends.loss_request import Head, Targets
 
@@ -126,53 +125,3 @@ def masked_linear_cross_entropy(
         # A factor, not a where(): the gradients of rows that did not fit must not pass for zero.
         losses = losses * torch.where(labelled.sum() > capacity, float("nan"), 1.0)
     return losses
-
-
-def _target_patches(target: Tensor, ids: Tensor | None, patch_size: int | None) -> Tensor:
-    """The patches [B, P, C] of `target`, or of `ids` [B, K] only; an image is read where needed."""
-    if target.dim() == 3:
-        return target if ids is None else gather_masked(target, ids, 0)
-    assert patch_size is not None
-    grid = target.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
-    grid = grid.permute(0, 2, 3, 4, 5, 1)  # [B, rows, columns, y, x, channel], a view
-    if ids is None:
-        return grid.flatten(3).flatten(1, 2)
-    batch = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-    cell, columns = ids.clamp(min=0), grid.shape[2]
-    return grid[batch, cell // columns, cell % columns].flatten(2)
-
-
-def _patch_losses(pred: Tensor, target: Tensor, kind: str) -> Tensor:
-    """[B, K, C] -> [B, K]."""
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(pred, target, dim=-1)
-    loss = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
-    return loss(pred, target, reduction="none").mean(dim=-1)
-
-
-def masked_patch_loss(
-    pred: Tensor,
-    target: Tensor,
-    ids_or_mask: Tensor,
-    kind: str,
-    patch_size: int | None,
-    norm_pix: bool,
-    gather_pred: bool,
-    reduction: str,
-) -> Tensor:
-    """The loss over masked patches; `gather_pred` tells that pred [B, P, C] awaits its ids."""
-    by_mask = ids_or_mask.dtype == torch.bool
-    ids = None if by_mask else ids_or_mask
-    keep = ids_or_mask if by_mask else ids_or_mask >= 0
-    if gather_pred:
-        pred = gather_masked(pred, ids_or_mask, 0)
-    wide = _wide(pred, target)
-    unused = ~keep.unsqueeze(-1)  # what is not looked at may be NaN
-    pred = pred.to(wide).masked_fill(unused, 0)
-    target = _target_patches(target, ids, patch_size).to(wide).masked_fill(unused, 0)
-    if norm_pix:
-        target = target - target.mean(dim=-1, keepdim=True)
-        variance = target.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
-        target = target / (variance + 1e-6).sqrt()
-    losses = _patch_losses(pred, target, kind).masked_fill(~keep, 0)
-    return losses if reduction == "none" else _reduce(losses, keep, reduction)
