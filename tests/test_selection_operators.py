@@ -123,7 +123,7 @@ def test_the_tables_name_every_operator() -> None:
         for name, function in functions.items()
         if isfunction(function) and function.__module__.startswith(rooms)
     }
-    assert set(OVERLOADS) == set(overloads.SCHEMAS)
+    assert set(OVERLOADS) == {*overloads.attention.SCHEMAS, *overloads.selection.SCHEMAS}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
