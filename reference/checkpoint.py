@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
 
 from reference.config import PretrainConfig
-from reference.model import SyncMaskModel
+from reference.methods import METHODS
+from reference.model import DualEncoder
 from reference.run_files import atomic_path, load_json, save_json
 
 
@@ -33,8 +34,8 @@ class CheckpointError(RuntimeError):
 class TrainState:
     """What training changes, and what a checkpoint keeps."""
 
-    model: SyncMaskModel
-    teacher: SyncMaskModel
+    model: DualEncoder
+    teacher: DualEncoder
     optimizer: Optimizer
     schedule: LambdaLR
     step: int = 0
@@ -132,7 +133,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 def load_model(
     folder: str | Path, weights: str = "teacher", device: str | torch.device = "cpu"
-) -> tuple[SyncMaskModel, PretrainConfig, PreTrainedTokenizerFast]:
+) -> tuple[DualEncoder, PretrainConfig, PreTrainedTokenizerFast]:
     """A trained model in evaluation mode, its configuration and tokenizer.
 
     Args:
@@ -143,6 +144,6 @@ def load_model(
     folder = Path(folder)
     values: dict[str, Any] = load_json(folder / "config.json")
     config, tokenizer = PretrainConfig(**values), load_tokenizer(folder)
-    model = SyncMaskModel(config, len(tokenizer), tokenizer.pad_token_id)
+    model = METHODS[config.method].model(config, len(tokenizer), tokenizer.pad_token_id)
     model.load_state_dict(load_file(folder / f"{weights}.safetensors"))
     return model.to(device).eval(), config, tokenizer

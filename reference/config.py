@@ -44,9 +44,40 @@ class MaskConfig:
 
 
 @dataclass
-class PretrainConfig(MaskConfig, ModelConfig):
+class SyCoCaConfig:
+    """Options of `reference.methods.sycoca`, with the paper's values."""
+
+    high_ratio: float = _option(0.5, "SyCoCa: share of patches, most like the text, to rebuild.")
+    low_ratio: float = _option(0.5, "SyCoCa: share, least like it, hidden from the captioner.")
+    caption_weight: float = _option(2.0, "SyCoCa: weight of captioning.")
+    image_weight: float = _option(1.0, "SyCoCa: weight of text-guided masked image modelling.")
+
+    def __post_init__(self) -> None:
+        for name in ("high_ratio", "low_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
+
+
+@dataclass
+class SimlaConfig:
+    """Options of `reference.methods.simla`, with the values of its code."""
+
+    keyword_votes: int = _option(4, "SIMLA: words that each head votes for.")
+    keywords: int = _option(5, "SIMLA: most-voted words that the image is to be told by.")
+
+    def __post_init__(self) -> None:
+        for name in ("keyword_votes", "keywords"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
     """The options of ``python -m reference.pretrain``."""
 
+    method: Literal["syncmask", "sycoca", "simla"] = _option(
+        "syncmask", "What is trained: see `reference.methods`."
+    )
     output: str = _option("runs/syncmask", "Folder of the run.")
     data: str = _option(
         "catalogue", "`catalogue` draws one; else a folder with train.jsonl, val.jsonl, images."
@@ -64,6 +95,8 @@ class PretrainConfig(MaskConfig, ModelConfig):
     negative_quantile: float = _option(
         0.75, "Of semi-hard negatives: rank by similarity below the pair's own; 1: the hardest."
     )
+    distillation: float = _option(0.0, "Share of the teacher in soft targets; ALBEF's is 0.4.")
+    distillation_steps: int = _option(200, "Steps over which that share grows from 0.")
     momentum: float = _option(0.995, "Of the teacher, once it is warm.")
     augment: bool = _option(False, "Random crop and horizontal flip.")
     seed: int = _option(0, "Of initialisation, order, augmentation, masks and negatives.")
@@ -73,9 +106,12 @@ class PretrainConfig(MaskConfig, ModelConfig):
     keep_checkpoints: int = _option(1, "Checkpoints kept.")
 
     def __post_init__(self) -> None:
-        MaskConfig.__post_init__(self)
-        ModelConfig.__post_init__(self)
-        for name in ("steps", "log_every", "eval_every", "save_every", "keep_checkpoints"):
+        for options in (SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
+            options.__post_init__(self)
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must lie in [0, 1], got {self.distillation}")
+        counts = ("steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
+        for name in (*counts, "distillation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.negative_quantile <= 1:

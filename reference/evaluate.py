@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from reference.batch import derived_seed, make_batch
 from reference.checkpoint import checkpoints, load_model
-from reference.config import MaskConfig, PretrainConfig
+from reference.config import PretrainConfig
 from reference.data import PairDataset, Truth
-from reference.masks import random_masks, teacher_masks
-from reference.model import SyncMaskModel
+from reference.masks import random_like
+from reference.methods import METHODS
+from reference.model import DualEncoder
 from reference.run_files import Evaluation, MaskQuality, Recalls, Retrieval
 
 CHUNK = 256
@@ -49,7 +50,7 @@ class Encoded(NamedTuple):
 
 
 def evaluate(
-    model: SyncMaskModel,
+    model: DualEncoder,
     dataset: PairDataset,
     tokenizer: PreTrainedTokenizerFast,
     config: PretrainConfig,
@@ -65,10 +66,10 @@ def evaluate(
 
 @torch.no_grad()
 def encode(
-    model: SyncMaskModel,
+    model: DualEncoder,
     dataset: PairDataset,
     tokenizer: PreTrainedTokenizerFast,
-    config: MaskConfig,
+    config: PretrainConfig,
 ) -> Encoded:
     """Features and masks of every pair; the random masks come from the global generator."""
     device = model.temperature.device
@@ -78,10 +79,8 @@ def encode(
         batch = make_batch(dataset[rows], tokenizer, device)
         image = model.encode_image(batch.pixels)
         text = model.encode_text(batch.input_ids, batch.attended)
-        masks = teacher_masks(model, batch, image, text, config)
-        draws = [
-            random_masks(batch, masks.patch_mask.shape[1], config) for _ in range(RANDOM_DRAWS)
-        ]
+        masks = METHODS[config.method].shown_masks(model, batch, image, text, config)
+        draws = [random_like(masks, batch.token_valid) for _ in range(RANDOM_DRAWS)]
         chunk = (
             model.image_features(image),
             model.text_features(text),
@@ -89,8 +88,8 @@ def encode(
             _pad(masks.token_mask, length),
             masks.patch_scores,
             _pad(masks.token_scores, length),
-            torch.stack([draw.patch_mask for draw in draws], dim=1),
-            _pad(torch.stack([draw.token_mask for draw in draws], dim=1), length),
+            torch.stack([patch_mask for patch_mask, _ in draws], dim=1),
+            _pad(torch.stack([token_mask for _, token_mask in draws], dim=1), length),
         )
         chunks.append(tuple(value.cpu() for value in chunk))
     return Encoded(*(torch.cat(values) for values in zip(*chunks, strict=True)))

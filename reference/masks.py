@@ -28,21 +28,20 @@ from torch import Tensor
 
 import syncmask_kernels as smk
 from reference.batch import Batch
-from reference.config import MaskConfig, PretrainConfig
+from reference.config import MaskConfig
 from reference.model import SyncMaskModel
-from reference.model.fusion import QKV
+from reference.model.fusion import Captured
+from reference.step import Step
 
 
 @torch.no_grad()
-def choose_masks(
-    teacher: SyncMaskModel, batch: Batch, step: int, config: PretrainConfig
-) -> smk.SyncMask:
+def choose_masks(step: Step[SyncMaskModel]) -> smk.SyncMask:
     """The masks of a training step: random at first or by choice, else the teacher's with noise."""
-    if config.masks == "random" or step < config.random_mask_steps:
-        return random_masks(batch, config.patches, config)
-    image = teacher.encode_image(batch.pixels)
-    text = teacher.encode_text(batch.input_ids, batch.attended)
-    return teacher_masks(teacher, batch, image, text, config, config.mask_noise)
+    config = step.config
+    if config.masks == "random" or step.index < config.random_mask_steps:
+        return random_masks(step.batch, config.patches, config)
+    image, text = step.teacher_image, step.teacher_text
+    return teacher_masks(step.teacher, step.batch, image, text, config, config.mask_noise)
 
 
 @torch.no_grad()
@@ -63,9 +62,9 @@ def teacher_masks(
         config: rules and ratios.
         noise: standard deviation of the noise, in those of a row's scores. 0: deterministic.
     """
-    captured: list[QKV] = []
+    captured = Captured.nothing()
     fused = teacher.fuse(text, batch.attended, image, captured)
-    query, key, value = captured[config.mask_layer]
+    query, key, value = captured.cross_attention[config.mask_layer]
     effect = config.word_score == "image_effect"
     masks = smk.sync_topk_mask_qk(
         query,
@@ -96,6 +95,16 @@ def random_masks(batch: Batch, patches: int, config: MaskConfig) -> smk.SyncMask
     patch_scores = torch.rand(len(batch.pixels), patches, device=batch.pixels.device)
     token_scores = torch.rand(batch.input_ids.shape, device=batch.pixels.device)
     return _select(batch, config, patch_scores, token_scores)
+
+
+def random_like(masks: smk.SyncMask, token_valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Random patch and token masks that hide as many patches and words of each pair."""
+
+    def drawn(mask: Tensor, valid: Tensor | None) -> Tensor:
+        scores = torch.rand(mask.shape, device=mask.device)
+        return smk.topk_mask(scores, k=mask.sum(dim=1), width=0, valid=valid).mask
+
+    return drawn(masks.patch_mask, None), drawn(masks.token_mask, token_valid)
 
 
 def _select(

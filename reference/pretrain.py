@@ -1,10 +1,11 @@
-"""Pretrain a small SyncMask model: ``python -m reference.pretrain``.
+"""Pretrain a small model: ``python -m reference.pretrain``.
 
-A reconstruction of SyncMask (see `reference.model.syncmask`), whose masks, gathers, losses,
-negatives and momentum are operators of `syncmask_kernels`. One process and one device, in plain
-PyTorch: contrastive losses and negatives across processes need gathers that Accelerate does not
-bring, and without its sampler and generators every step is a function of the seed and the step,
-which is what makes a resumed run end with the very losses of an uninterrupted one.
+By SyncMask, a reconstruction (see `reference.model.syncmask`), by SyCoCa or by SIMLA; masks,
+gathers, losses, negatives and momentum are operators of `syncmask_kernels`. One process and one
+device, in plain PyTorch: contrastive losses and negatives across processes need gathers that
+Accelerate does not bring, and without its sampler and generators every step is a function of the
+seed and the step, which is what makes a resumed run end with the very losses of an uninterrupted
+one.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ from reference.config import PretrainConfig
 from reference.data import Data
 from reference.evaluate import evaluate
 from reference.examples import examples
-from reference.masks import choose_masks
-from reference.model import SyncMaskModel
-from reference.objective import compute_losses
+from reference.methods import METHODS
 from reference.report import write_report
 from reference.run_files import (
     CONFIG,
@@ -51,6 +50,7 @@ from reference.run_files import (
     load_json,
     save_json,
 )
+from reference.step import Step
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -81,7 +81,8 @@ def build(config: PretrainConfig, data: Data) -> TrainState:
     """A freshly initialised model and teacher, with their optimiser and schedule."""
     torch.manual_seed(derived_seed(config.seed, "initialisation", 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = SyncMaskModel(config, len(data.tokenizer), data.tokenizer.pad_token_id).to(device)
+    new = METHODS[config.method].model
+    model = new(config, len(data.tokenizer), data.tokenizer.pad_token_id).to(device)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -132,14 +133,14 @@ def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> N
 
 
 def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[str, Tensor]:
-    """One optimiser step and one of the teacher; returns the loss and its four terms."""
+    """One optimiser step and one of the teacher; returns the loss and its terms."""
     torch.manual_seed(derived_seed(config.seed, "step", state.step))
     rows = step_indices(len(data.train), config.batch_size, state.step, config.seed)
     batch = make_batch(data.train[rows], data.tokenizer, state.model.temperature.device)
     if config.augment:
         batch = batch._replace(pixels=crop_and_flip(batch.pixels))
-    masks = choose_masks(state.teacher, batch, state.step, config)
-    losses = compute_losses(state.model, batch, masks, data.tokenizer, config)
+    step = Step(state.model, state.teacher, batch, state.step, data.tokenizer, config)
+    losses = METHODS[config.method].losses(step)
     loss = torch.stack(list(losses.values())).sum()
     state.optimizer.zero_grad()
     loss.backward()

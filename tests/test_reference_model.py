@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,15 +15,11 @@ from reference.batch import Batch, crop_and_flip, make_batch, step_indices
 from reference.config import MaskConfig, PretrainConfig
 from reference.data import Data, load_data
 from reference.masks import choose_masks, image_effect, random_masks, teacher_masks
+from reference.methods.parts import Similarities, choose_negatives, itc_loss, itm_loss
+from reference.methods.syncmask import losses_of
 from reference.model import ModelConfig, SyncMaskModel
-from reference.objective import (
-    choose_negatives,
-    compute_losses,
-    itc_loss,
-    itm_loss,
-    mim_loss,
-    mlm_loss,
-)
+from reference.model.fusion import Captured
+from reference.step import Step
 
 SIZES = {
     "image_size": 16, "patch_size": 4, "width": 24, "heads": 3, "image_layers": 2,
@@ -48,6 +46,14 @@ def model(data: Data) -> SyncMaskModel:
     for parameter in model.parameters():  # no zero biases or mask tokens: they hide mistakes
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
+
+
+def step_of(
+    model: SyncMaskModel, batch: Batch, data: Data, index: int = 0, **options: Any
+) -> Step[SyncMaskModel]:
+    """A step whose teacher is the student itself."""
+    config = PretrainConfig(**SIZES, **options)
+    return Step(model, model, batch, index, data.tokenizer, config)
 
 
 def encode(model: SyncMaskModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -123,7 +129,7 @@ def test_captured_queries_and_keys_are_those_of_the_attention(
     model: SyncMaskModel, batch: Batch
 ) -> None:
     image, text = encode(model, batch)
-    captured: list[tuple[Tensor, Tensor, Tensor]] = []
+    captured = Captured.nothing()
     fused = model.fuse(text, batch.attended, image, captured)
     maps: list[Tensor] = []
     for module in model.fusion.modules():
@@ -131,8 +137,8 @@ def test_captured_queries_and_keys_are_those_of_the_attention(
             module.register_forward_hook(lambda *call: maps.append(call[2][1]))
     model.fusion.set_attn_implementation("eager")
     torch.testing.assert_close(_eager(model, text, batch, image), fused)
-    assert len(captured) == len(maps) == 2
-    for (query, key, value), probabilities in zip(captured, maps, strict=True):
+    assert len(captured.cross_attention) == len(captured.self_attention) == len(maps) == 2
+    for (query, key, value), probabilities in zip(captured.cross_attention, maps, strict=True):
         expected = probabilities[..., 1:].mean(dim=1)
         torch.testing.assert_close(smk.attention_map(query, key), expected)
         assert value.shape == key.shape
@@ -232,15 +238,15 @@ def test_image_effect_is_zero_where_images_do_not_differ(
     assert effect(same).abs().max() < 1e-5
 
 
-def test_first_steps_mask_at_random(model: SyncMaskModel, batch: Batch) -> None:
-    config = PretrainConfig(**SIZES, random_mask_steps=3, mask_noise=0.0)
-    first, second = (choose_masks(model, batch, 2, config) for _ in range(2))
-    assert not torch.equal(first.patch_mask, second.patch_mask)
-    first, second = (choose_masks(model, batch, 3, config) for _ in range(2))
-    assert torch.equal(first.patch_mask, second.patch_mask)
-    config = PretrainConfig(**SIZES, random_mask_steps=3, masks="random")
-    first, second = (choose_masks(model, batch, 3, config) for _ in range(2))
-    assert not torch.equal(first.patch_mask, second.patch_mask)
+def test_first_steps_mask_at_random(model: SyncMaskModel, batch: Batch, data: Data) -> None:
+    def chosen(index: int, **options: Any) -> list[Tensor]:
+        options |= {"random_mask_steps": 3, "mask_noise": 0.0}
+        steps = (step_of(model, batch, data, index, **options) for _ in range(2))
+        return [choose_masks(step).patch_mask for step in steps]
+
+    assert not torch.equal(*chosen(2))
+    assert torch.equal(*chosen(3))
+    assert not torch.equal(*chosen(3, masks="random"))
 
 
 def test_itc_treats_all_pairs_of_an_item_as_positives() -> None:
@@ -270,14 +276,19 @@ def test_itm_never_takes_the_same_item_for_a_negative(
     monkeypatch.setattr(F, "cross_entropy", spy)
     config = PretrainConfig(**SIZES, negatives=mode)
     similarity = 5 * torch.rand(10, 10)
-    texts, images = choose_negatives(similarity, batch.item_ids, config)
+    similarities = Similarities(similarity, similarity.T)
+    texts, images = choose_negatives(similarities, batch.item_ids, config)
     for wrong in (texts, images):
         assert (batch.item_ids[wrong.ids] != batch.item_ids).all()
-    itm_loss(model, image, text, batch, texts, images)
+
+    def fuse(texts: Tensor, images: Tensor) -> Tensor:
+        return model.fuse(text[texts], batch.attended[texts], image[images])
+
+    itm_loss(model.itm_head, fuse, texts, images)
     assert labels[-1].tolist() == [1] * 10 + [0] * 20
     one_item = torch.zeros_like(batch.item_ids)
-    none = choose_negatives(similarity, one_item, config)
-    assert itm_loss(model, image, text, batch, *none).isfinite()
+    none = choose_negatives(similarities, one_item, config)
+    assert itm_loss(model.itm_head, fuse, *none).isfinite()
     assert labels[-1].tolist() == [1] * 10 + [-1] * 20
 
 
@@ -285,10 +296,10 @@ def test_semi_hard_negatives_are_less_similar_than_the_pair() -> None:
     similarity = torch.tensor([[5.0, 1.0, 2.0, 9.0, 3.0]]).repeat(5, 1)
     similarity.fill_diagonal_(5.0)
     config = PretrainConfig(**SIZES, negative_quantile=0.75)
-    texts, _images = choose_negatives(similarity, torch.arange(5), config)
+    texts, _images = choose_negatives(Similarities(similarity, similarity), torch.arange(5), config)
     assert texts.ids[0] == 4  # of 1, 2, 3 the one of rank ceil(0.75 * 3) = 3
     config = PretrainConfig(**SIZES, negative_quantile=0.5)
-    texts, _images = choose_negatives(similarity, torch.arange(5), config)
+    texts, _images = choose_negatives(Similarities(similarity, similarity), torch.arange(5), config)
     assert texts.ids[0] == 2
 
 
@@ -304,14 +315,14 @@ def test_mlm_learns_from_masked_words_only(model: SyncMaskModel, batch: Batch, d
         special_ids=data.tokenizer.all_special_ids,
     )
     fused = model.fuse(model.encode_text(masked_ids, batch.attended), batch.attended, image)
-    logits = model.mlm_transform(fused) @ model.word_embeddings.T + model.mlm_bias
+    logits = model.word_transform(fused) @ model.word_embeddings.T + model.word_bias
     expected = F.cross_entropy(logits[masks.token_mask], batch.input_ids[masks.token_mask])
     torch.manual_seed(0)
-    loss = mlm_loss(model, image, batch, masks, data.tokenizer)
+    loss = losses_of(step_of(model, batch, data), masks)["mlm"]
     torch.testing.assert_close(loss, expected)
 
 
-def test_mim_rebuilds_masked_pixels_only(model: SyncMaskModel, batch: Batch) -> None:
+def test_mim_rebuilds_masked_pixels_only(model: SyncMaskModel, batch: Batch, data: Data) -> None:
     _image, text = encode(model, batch)
     masks = random_masks(batch, 16, MaskConfig())
     fused = model.fuse_image(
@@ -319,14 +330,13 @@ def test_mim_rebuilds_masked_pixels_only(model: SyncMaskModel, batch: Batch) -> 
     )
     pixels = batch.pixels.reshape(10, 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(10, 16, 48)
     difference = (model.mim_head(fused[:, 1:]) - pixels).abs().mean(dim=-1)
-    torch.testing.assert_close(
-        mim_loss(model, text, batch, masks), difference[masks.patch_mask].mean()
-    )
+    loss = losses_of(step_of(model, batch, data), masks)["mim"]
+    torch.testing.assert_close(loss, difference[masks.patch_mask].mean())
 
 
 def test_losses_reach_every_parameter(model: SyncMaskModel, batch: Batch, data: Data) -> None:
     masks = random_masks(batch, 16, MaskConfig())
-    losses = compute_losses(model, batch, masks, data.tokenizer, PretrainConfig(**SIZES))
+    losses = losses_of(step_of(model, batch, data), masks)
     assert list(losses) == ["itc", "itm", "mlm", "mim"]
     torch.stack(list(losses.values())).sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None]

@@ -1,6 +1,9 @@
-"""The SyncMask model at any size: see `reference.model.syncmask`."""
+"""The models at any size: see `reference.model.syncmask`, `.sycoca` and `.simla`."""
 
 from reference.model.config import ModelConfig
+from reference.model.dual import DualEncoder
+from reference.model.simla import SimlaModel
+from reference.model.sycoca import SyCoCaModel
 from reference.model.syncmask import SyncMaskModel
 
-__all__ = ["ModelConfig", "SyncMaskModel"]
+__all__ = ["DualEncoder", "ModelConfig", "SimlaModel", "SyCoCaModel", "SyncMaskModel"]

@@ -1,8 +1,9 @@
-"""Sizes of the SyncMask model."""
+"""Sizes of the models."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -25,6 +26,13 @@ class ModelConfig:
         default=1, metadata={"help": "Fusion layers of masked image modelling, image queries text."}
     )
     projection: int = field(default=64, metadata={"help": "Size of the contrastive features."})
+    queue_size: int = field(
+        default=0, metadata={"help": "Past pairs that the contrastive loss looks back on."}
+    )
+    mim_target: Literal["default", "pixels", "norm_pixels", "features", "codes"] = field(
+        default="default",
+        metadata={"help": "What masked patches are told by. Default: codes in SIMLA, else pixels."},
+    )
     dropout: float = field(default=0.0, metadata={"help": "Dropout of hidden states, attention."})
 
     def __post_init__(self) -> None:
@@ -39,6 +47,8 @@ class ModelConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads {self.heads}, got {self.width}")
+        if self.queue_size < 0:
+            raise ValueError(f"queue_size must be at least 0, got {self.queue_size}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 

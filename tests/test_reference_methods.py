@@ -1,0 +1,280 @@
+"""SyCoCa and SIMLA, and what the methods share: queue, distillation, targets of patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import syncmask_kernels as smk
+from reference import pretrain as pretraining
+from reference.batch import Batch, make_batch
+from reference.checkpoint import TrainState, checkpoints, load_model
+from reference.config import PretrainConfig
+from reference.data import Data, load_data
+from reference.evaluate import evaluate
+from reference.methods import METHODS, parts, simla, sycoca
+from reference.model import SimlaModel, SyCoCaModel
+from reference.pretrain import build, pretrain, train_step
+from reference.run_files import load_metrics
+from reference.step import Step
+
+SIZES: dict[str, Any] = {
+    "image_size": 16, "patch_size": 4, "width": 24, "heads": 3, "image_layers": 1,
+    "fusion_layers": 2, "projection": 8, "items": 12, "batch_size": 8, "warmup_steps": 2,
+    "random_mask_steps": 2, "distillation_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return load_data(items=12, image_size=16, patch_size=4)
+
+
+@pytest.fixture
+def batch(data: Data) -> Batch:
+    return make_batch(data.train[torch.arange(10)], data.tokenizer, torch.device("cpu"))
+
+
+def started(data: Data, **options: Any) -> tuple[TrainState, PretrainConfig]:
+    config = PretrainConfig(**SIZES | options)
+    state = build(config, data)
+    for parameter in state.model.parameters():  # no zero biases or mask tokens: they hide mistakes
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return state, config
+
+
+def step_of(data: Data, batch: Batch, index: int = 0, **options: Any) -> Step[Any]:
+    state, config = started(data, **options)
+    return Step(state.model, state.teacher, batch, index, data.tokenizer, config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("distillation", [0.0, 0.4])
+def test_losses_reach_every_parameter(
+    data: Data, batch: Batch, method: str, distillation: float
+) -> None:
+    step = step_of(data, batch, 5, method=method, distillation=distillation)
+    torch.stack(list(METHODS[method].losses(step).values())).sum().backward()
+    assert [name for name, p in step.student.named_parameters() if p.grad is None] == []
+    assert [name for name, p in step.teacher.named_parameters() if p.grad is not None] == []
+
+
+@pytest.mark.parametrize("method", ["sycoca", "simla"])
+def test_losses_fall_on_what_is_trained_on(data: Data, method: str) -> None:
+    state, config = started(data, method=method, learning_rate=3e-3, steps=100)
+    first, *_, last = [train_step(state, data, config) for _ in range(40)]
+    for name in set(first) - {"itm", "loss"}:
+        assert last[name] < 0.9 * first[name], name
+
+
+@pytest.mark.parametrize("method", ["sycoca", "simla"])
+def test_a_run_resumes_with_the_same_losses(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "write_report", lambda run: run)
+    options: dict[str, Any] = {
+        "method": method, "queue_size": 20, "distillation": 0.4, "steps": 5, "log_every": 1,
+        "save_every": 3, "eval_every": 5, "keep_checkpoints": 2,
+    }  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pretrain(PretrainConfig(**SIZES | options, output=str(whole)))
+    pretrain(PretrainConfig(**SIZES | options, output=str(cut)))
+    for path in checkpoints(cut)[1:]:
+        path.rename(tmp_path / "away")
+    pretrain(PretrainConfig(**SIZES | options, output=str(cut), resume=True))
+
+    def logged(run: Path) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in load_metrics(run)]
+
+    assert logged(whole) == logged(cut)
+    model, config, _ = load_model(checkpoints(cut)[-1])
+    assert type(model) is METHODS[method].model
+    assert config.method == method
+
+
+# ---- what the methods share ----
+
+
+def test_distillation_grows_to_its_share(data: Data, batch: Batch) -> None:
+    alphas = [step_of(data, batch, i, distillation=0.4).alpha for i in (0, 1, 2, 9)]
+    assert alphas == [0.0, 0.2, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("queue_size", [0, 6])
+def test_contrast_with_the_teacher_is_albefs(data: Data, batch: Batch, queue_size: int) -> None:
+    step = step_of(data, batch, 5, distillation=0.4, queue_size=queue_size)
+    model, queue = step.student, step.student.queue
+    if queue is not None:
+        queue.item_ids[:3] = batch.item_ids[:3]
+        images, texts, ids = (x.clone() for x in (queue.images, queue.texts, queue.item_ids))
+    else:
+        images = texts = torch.empty(8, 0)
+        ids = torch.empty(0, dtype=torch.int64)
+    image, text = (
+        model.encode_image(batch.pixels),
+        model.encode_text(batch.input_ids, batch.attended),
+    )
+    image_keys = step.teacher.image_features(step.teacher_image)
+    text_keys = step.teacher.text_features(step.teacher_text)
+    same = (batch.item_ids[:, None] == torch.cat([batch.item_ids, ids])).float()
+    hard = same / same.sum(dim=1, keepdim=True)
+
+    def one_way(query: Tensor, teacher: Tensor, keys: Tensor, past: Tensor) -> Tensor:
+        every = torch.cat([keys.T, past], dim=1)
+        soft = (teacher @ every / model.temperature).softmax(dim=1)
+        targets = 0.4 * soft + 0.6 * hard
+        return F.cross_entropy(query @ every / model.temperature, targets.detach())
+
+    expected = one_way(model.image_features(image), image_keys, text_keys, texts) / 2
+    expected = expected + one_way(model.text_features(text), text_keys, image_keys, images) / 2
+    loss, _ = parts.contrast(step, image, text)
+    torch.testing.assert_close(loss, expected)
+    if queue is not None:
+        assert queue.pointer.item() == 10 % 6
+        assert sorted(queue.item_ids.tolist()) == sorted(batch.item_ids[-6:].tolist())
+
+
+@pytest.mark.parametrize("target", ["pixels", "norm_pixels", "features", "codes"])
+def test_patches_are_told_by_their_target(data: Data, batch: Batch, target: str) -> None:
+    step = step_of(data, batch, mim_target=target)
+    model, states = step.student, torch.randn(10, 17, 24)
+    mask = torch.zeros(10, 16, dtype=torch.bool)
+    mask[:, 3] = mask[:, 11] = True
+    ids = torch.tensor([[3, 11, -1]]).expand(10, 3)
+    loss = parts.mim_loss(step, lambda _model, _image: states, mask, ids)
+    told = model.mim_head(states[:, 1:][mask])
+    patches = batch.pixels.reshape(10, 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(10, 16, 48)[mask]
+    if target == "codes":
+        expected = F.cross_entropy(told, model.mim_head.codes(batch.pixels)[mask])
+    elif target == "features":
+        wanted = F.layer_norm(step.teacher_image[:, 1:], (24,))[mask]
+        expected = F.l1_loss(told, wanted)
+    else:
+        if target == "norm_pixels":
+            deviation = (patches.var(dim=1, keepdim=True) + 1e-6).sqrt()
+            patches = (patches - patches.mean(dim=1, keepdim=True)) / deviation
+        expected = F.l1_loss(told, patches)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_codes_tell_patches_apart_but_not_their_brightness(data: Data) -> None:
+    torch.manual_seed(0)
+    codes = started(data, method="simla")[0].model.mim_head.codes
+    pixels = torch.rand(4, 3, 16, 16)
+    assert len(codes(pixels).unique()) > 32
+    assert torch.equal(codes(0.5 * pixels + 0.1), codes(pixels))
+
+
+# ---- SyCoCa ----
+
+
+def test_captions_are_told_without_looking_ahead(data: Data, batch: Batch) -> None:
+    model = step_of(data, batch, method="sycoca").student
+    assert isinstance(model, SyCoCaModel)
+    other = batch.input_ids.clone()
+    other[:, 4:] = other[:, 4:].flip(1)
+    image = model.encode_image(batch.pixels)
+    every = torch.ones_like(batch.attended)
+    first, second = (
+        model.describe(model.read(x, every), every, image) for x in (batch.input_ids, other)
+    )
+    torch.testing.assert_close(first[:, :4], second[:, :4])
+    assert not torch.allclose(first[:, 4:], second[:, 4:])
+    text = model.encode_text(batch.input_ids, batch.attended)
+    last = batch.attended.sum(dim=1) - 1
+    torch.testing.assert_close(text[:, 0], text[torch.arange(10), last])
+
+
+def test_caption_loss_is_over_the_words_that_follow(data: Data, batch: Batch) -> None:
+    model = step_of(data, batch, method="sycoca").student
+    hidden = torch.rand(10, 16) < 0.5
+    words = model.read(batch.input_ids, batch.attended)
+    told = model.describe(words, batch.attended, model.encode_image(batch.pixels, hidden))
+    logits = model.word_transform(told) @ model.word_embeddings.T + model.word_bias
+    follows = batch.attended[:, 1:]
+    expected = F.cross_entropy(logits[:, :-1][follows], batch.input_ids[:, 1:][follows])
+    loss = sycoca.caption_loss(model, batch, words, hidden)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_sycoca_rebuilds_the_patches_most_like_the_text(
+    data: Data, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(data, batch, method="sycoca", high_ratio=0.25, low_ratio=0.5)
+    model = step.student
+    image, text = (
+        model.encode_image(batch.pixels),
+        model.encode_text(batch.input_ids, batch.attended),
+    )
+    similarity = model.patch_features(image) @ model.word_features(text).transpose(1, 2)
+    similarity = similarity.masked_fill(~batch.token_valid[:, None], -torch.inf)
+    scores = similarity.amax(dim=2)
+    hidden = []
+    encode = type(model).encode_image
+
+    def spy(self: Any, pixels: Tensor, patch_mask: Tensor | None = None) -> Tensor:
+        hidden.append(patch_mask)
+        return encode(self, pixels, patch_mask)
+
+    monkeypatch.setattr(type(model), "encode_image", spy)
+    sycoca.losses(step)
+    clean, low, high = hidden
+    assert clean is None
+    assert torch.equal(high, smk.topk_mask(scores, k=4).mask)
+    assert torch.equal(low, smk.topk_mask(scores, k=8, largest=False).mask)
+
+
+# ---- SIMLA ----
+
+
+def test_keywords_are_the_words_the_cls_looks_at(data: Data, batch: Batch) -> None:
+    step = step_of(data, batch, method="simla", keywords=3)
+    model = step.teacher
+    assert isinstance(model, SimlaModel)
+    ids, row = simla.keywords(model, batch, step.teacher_image, step.config)
+    assert ids.shape == (10, 3)
+    assert batch.token_valid[torch.arange(10)[:, None], ids][ids >= 0].all()
+    torch.testing.assert_close(row.sum(dim=1), torch.ones(10))
+    assert (row[~batch.attended] == 0).all()
+
+
+def test_keyword_loss_is_a_soft_multi_label_loss(data: Data, batch: Batch) -> None:
+    step = step_of(data, batch, 9, method="simla", distillation=0.4)
+    image = step.student.encode_image(batch.pixels)
+    ids, _ = simla.keywords(step.teacher, batch, step.teacher_image, step.config)
+    targets = torch.zeros(10, len(data.tokenizer))
+    for target, row, words in zip(targets, ids, batch.input_ids, strict=True):
+        target[words[row[row >= 0]]] = 1
+    teacher = step.teacher.keyword_head(step.teacher.image_features(step.teacher_image)).sigmoid()
+    logits = step.student.keyword_head(step.student.image_features(image))
+    hard, soft = (F.binary_cross_entropy_with_logits(logits, t) for t in (targets, teacher))
+    torch.testing.assert_close(simla.keyword_loss(step, image), 0.6 * hard + 0.4 * soft)
+
+
+def test_blocks_hide_neighbours_together() -> None:
+    torch.manual_seed(0)
+    scores = simla.block_scores(400, 14, torch.empty(0))
+    mask = smk.topk_mask(scores, ratio=0.3).mask.view(400, 14, 14)
+    assert (mask.sum(dim=(1, 2)) == 59).all()
+    together = (mask[:, :, 1:] & mask[:, :, :-1]).sum() / mask[:, :, :-1].sum()
+    assert together > 0.75  # of masked patches at random: 0.3
+    assert mask.any(dim=0).all()  # no place is spared
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_shows_the_masks_of_the_method(data: Data, method: str) -> None:
+    state, config = started(data, method=method)
+    figures, encoded = evaluate(state.teacher.eval(), data.val, data.tokenizer, config)
+    assert encoded.patch_mask.any()
+    assert encoded.token_mask.any() == (method != "sycoca")
+    assert torch.equal(
+        encoded.random_patch_mask.sum(dim=2),
+        encoded.patch_mask.sum(dim=1, keepdim=True).expand(-1, 20),
+    )
+    assert 0 <= figures["masks"]["patches_described"] <= 1
