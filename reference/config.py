@@ -95,6 +95,9 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
     negative_quantile: float = _option(
         0.75, "Of semi-hard negatives: rank by similarity below the pair's own; 1: the hardest."
     )
+    operators: Literal["library", "plain"] = _option(
+        "library", "Of syncmask_kernels, or the same in plain PyTorch, to compare them."
+    )
     distillation: float = _option(0.0, "Share of the teacher in soft targets; ALBEF's is 0.4.")
     distillation_steps: int = _option(200, "Steps over which that share grows from 0.")
     momentum: float = _option(0.995, "Of the teacher, once it is warm.")

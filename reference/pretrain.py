@@ -41,6 +41,7 @@ from reference.data import Data
 from reference.evaluate import evaluate
 from reference.examples import examples
 from reference.methods import METHODS
+from reference.plain import operators
 from reference.report import write_report
 from reference.run_files import (
     CONFIG,
@@ -140,18 +141,19 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
     if config.augment:
         batch = batch._replace(pixels=crop_and_flip(batch.pixels))
     step = Step(state.model, state.teacher, batch, state.step, data.tokenizer, config)
-    losses = METHODS[config.method].losses(step)
-    loss = torch.stack(list(losses.values())).sum()
-    state.optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
-    state.optimizer.step()
-    state.schedule.step()
-    with torch.no_grad():
-        state.model.temperature.clamp_(0.001, 0.5)
     # A young teacher follows quickly: the warm-up of TensorFlow's ExponentialMovingAverage.
     momentum = min(config.momentum, (1 + state.step) / (10 + state.step))
-    smk.ema_update_(state.teacher, state.model, momentum)
+    with operators(config.operators):
+        losses = METHODS[config.method].losses(step)
+        loss = torch.stack(list(losses.values())).sum()
+        state.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+        state.optimizer.step()
+        state.schedule.step()
+        with torch.no_grad():
+            state.model.temperature.clamp_(0.001, 0.5)
+        smk.ema_update_(state.teacher, state.model, momentum)
     state.step += 1
     return {"loss": loss, **losses}
 

@@ -97,6 +97,23 @@ def test_a_run_resumes_with_the_same_losses(
     assert config.method == method
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_plain_operators_train_the_same(data: Data, method: str, noise: float) -> None:
+    def train(operators: str) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+        state, config = started(
+            data, method=method, operators=operators, queue_size=20, distillation=0.4,
+            mask_noise=noise, random_mask_steps=1,
+        )  # fmt: skip
+        rows = [train_step(state, data, config) for _ in range(4)]
+        return rows, [*state.model.parameters(), *state.teacher.parameters()]
+
+    (rows, parameters), (plain_rows, plain_parameters) = train("library"), train("plain")
+    for row, plain in zip(rows, plain_rows, strict=True):
+        torch.testing.assert_close(row, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parameters, plain_parameters, rtol=1e-2, atol=1e-3)
+
+
 # ---- what the methods share ----
 
 
