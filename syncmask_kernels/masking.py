@@ -2,12 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks, _host, backends
+from syncmask_kernels.attention import wants_grad
+from syncmask_kernels.backends.eager import masking as eager
+
+
+class _MaskPatches(torch.autograd.Function):
+    """`replace` and `add` are mask_patches and masked_sum of a backend without autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, replace: Any, add: Any, mask: Tensor, patches: Tensor, token: Tensor | None
+    ) -> Any:
+        ctx.save_for_backward(mask)
+        ctx.kernels, ctx.token_dtype = (replace, add), None if token is None else token.dtype
+        return replace(patches, mask, token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *_, wants_patches, wants_token = ctx.needs_input_grad
+        given = *ctx.kernels, *ctx.saved_tensors, grad
+        patches = _MaskPatches.apply(*given, None) if wants_patches else None
+        token = _MaskedSum.apply(*given).to(ctx.token_dtype) if wants_token else None
+        return None, None, None, patches, token
+
+
+class _MaskedSum(torch.autograd.Function):
+    """What `_MaskPatches` does to the gradient of the token."""
+
+    @staticmethod
+    def forward(ctx: Any, replace: Any, add: Any, mask: Tensor, x: Tensor) -> Any:
+        ctx.save_for_backward(mask)
+        ctx.kernels, ctx.shape, ctx.dtype = (replace, add), x.shape, x.dtype
+        return add(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        zeros = grad.new_zeros((), dtype=ctx.dtype).expand(ctx.shape)
+        found = _MaskPatches.apply(*ctx.kernels, *ctx.saved_tensors, zeros, grad)
+        return None, None, None, found
+
+
+class _Gather(torch.autograd.Function):
+    """`gather` and `scatter`, of a backend without autograd, are each other's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gather: Any, scatter: Any, ids: Tensor, fill: float, x: Tensor) -> Any:
+        ctx.save_for_backward(ids)
+        ctx.kernels, ctx.positions = (gather, scatter), x.shape[1]
+        return gather(x, ids, fill)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = _Scatter.apply(*ctx.kernels, *ctx.saved_tensors, ctx.positions, grad)
+        return None, None, None, None, found
+
+
+class _Scatter(torch.autograd.Function):
+    """The other half of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, gather: Any, scatter: Any, ids: Tensor, N: int, x: Tensor) -> Any:
+        ctx.save_for_backward(ids)
+        ctx.kernels = gather, scatter
+        return scatter(x, ids, N)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = _Gather.apply(*ctx.kernels, *ctx.saved_tensors, 0.0, grad)
+        return None, None, None, None, found
 
 
 def _check_token_ids(input_ids: Tensor) -> None:
@@ -140,7 +210,7 @@ def mask_patches(patches: Tensor, patch_mask: Tensor, mask_token: Tensor) -> Ten
 
     Returns:
         Tensor: ``[B, P, D]`` of the type of `patches`. Gradients flow to `patches` (zero where
-        masked) and to `mask_token`; masked patches may hold NaN.
+        masked) and to `mask_token` (a sum in float32); masked patches may hold NaN.
 
     Raises:
         TypeError: types do not fit.
@@ -163,7 +233,34 @@ def mask_patches(patches: Tensor, patch_mask: Tensor, mask_token: Tensor) -> Ten
     _checks.floating("mask_token", mask_token)
     _checks.shape("mask_token", mask_token, "[D]", patches.shape[2:])
     _checks.same_device("mask_token", mask_token, "patches", patches)
-    return backends.choose("mask_patches", patches)(patches, patch_mask, mask_token)
+    run = backends.choose("mask_patches", patches, patches)
+    result: Tensor
+    if wants_grad(patches, mask_token) and run is not eager.mask_patches:
+        add = backends.choose("masked_sum", patches, patches)
+        result = _MaskPatches.apply(run, add, patch_mask, patches, mask_token)
+    else:
+        result = run(patches, patch_mask, mask_token)
+    return result
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [B, N, ...] -> [B, N, D]."""
+    return x.unsqueeze(2).flatten(2)
+
+
+def _check_fill(fill: float, dtype: torch.dtype) -> None:
+    _checks.number("fill", fill)
+    if dtype.is_floating_point or dtype.is_complex:
+        fits = not math.isfinite(fill) or abs(fill) <= torch.finfo(dtype).max
+    elif dtype == torch.bool:
+        fits = fill in (0, 1)
+    else:
+        bounds = torch.iinfo(dtype)
+        # Backends are handed a float.
+        exact = bounds.min <= fill <= bounds.max and float(fill) == fill
+        fits = exact and float(fill).is_integer()
+    if not fits:
+        raise ValueError(f"fill must be a value of {str(dtype).removeprefix('torch.')}, got {fill}")
 
 
 def _check_ids(x: Tensor, ids: Tensor, positions: int, of: str) -> None:
@@ -188,10 +285,12 @@ def gather_masked(x: Tensor, ids: Tensor, *, fill: float = 0) -> Tensor:
 
     Raises:
         TypeError: types do not fit.
-        ValueError: shapes or devices do not fit, or (on the CPU) an id is outside ``[-1, N)``.
+        ValueError: shapes or devices do not fit, the type of `x` has no such `fill`, or (on the
+            CPU) an id is outside ``[-1, N)``.
 
-    Deterministic; no host sync on a GPU, where an id out of range is torch's own device assertion.
-    The gradient is deterministic where no row repeats an id.
+    Deterministic, and so is the gradient (eager on CUDA adds up rows of equal id by atomics unless
+    `torch.use_deterministic_algorithms` is on). No host sync on a GPU, where, as in compiled code,
+    nobody looks at the ids: one out of range counts as -1.
 
     Source: MAE `models_mae.py` (`torch.gather` of the kept patches).
 
@@ -204,7 +303,14 @@ def gather_masked(x: Tensor, ids: Tensor, *, fill: float = 0) -> Tensor:
     if x.dim() < 2:
         raise ValueError(f"x must be [B, N, ...], got shape {tuple(x.shape)}")
     _check_ids(x, ids, x.shape[1], "N")
-    return backends.choose("gather_masked", x)(x, ids, fill)
+    _check_fill(fill, x.dtype)
+    run = backends.choose("gather_masked", x, x)
+    if wants_grad(x) and run is not eager.gather_masked:
+        scatter = backends.choose("scatter_masked", x, x)
+        rows = _Gather.apply(run, scatter, ids, fill, _rows(x))
+    else:
+        rows = run(_rows(x), ids, fill)
+    return rows.reshape(*ids.shape, *x.shape[2:])
 
 
 def scatter_masked(x: Tensor, ids: Tensor, N: int) -> Tensor:
@@ -223,7 +329,9 @@ def scatter_masked(x: Tensor, ids: Tensor, N: int) -> Tensor:
         TypeError: types do not fit.
         ValueError: shapes or devices do not fit, or (on the CPU) an id is outside ``[-1, N)``.
 
-    Deterministic where no row repeats an id; no host sync on a GPU.
+    Deterministic: rows of equal id are added up in ascending order, those of half types in float32
+    (eager on CUDA adds by atomics unless `torch.use_deterministic_algorithms` is on). No host sync
+    on a GPU, where, as in compiled code, nobody looks at the ids: one out of range counts as -1.
 
     Source: the decoder input of masked autoencoders.
 
@@ -242,4 +350,10 @@ def scatter_masked(x: Tensor, ids: Tensor, N: int) -> Tensor:
     _check_ids(x, ids, N, "N")
     if ids.shape[1] != x.shape[1]:
         raise ValueError(f"ids must be [B, K] = {tuple(x.shape[:2])}, got {tuple(ids.shape)}")
-    return backends.choose("scatter_masked", x)(x, ids, N)
+    run = backends.choose("scatter_masked", x, x)
+    if wants_grad(x) and run is not eager.scatter_masked:
+        gather = backends.choose("gather_masked", x, x)
+        rows = _Scatter.apply(gather, run, ids, N, _rows(x))
+    else:
+        rows = run(_rows(x), ids, N)
+    return rows.reshape(x.shape[0], N, *x.shape[2:])

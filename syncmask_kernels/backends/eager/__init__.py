@@ -25,6 +25,7 @@ KERNELS = {
     "token_valid": Kernel(masking.token_valid),
     "mask_tokens": Kernel(masking.mask_tokens),
     "mask_patches": Kernel(masking.mask_patches),
+    "masked_sum": Kernel(masking.masked_sum),
     "gather_masked": Kernel(masking.gather_masked),
     "scatter_masked": Kernel(masking.scatter_masked),
     "masked_linear_cross_entropy": Kernel(losses.masked_linear_cross_entropy),

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from syncmask_kernels.backends.overloads import attention, selection
+from syncmask_kernels.backends.overloads import attention, masking, selection
 
-_ROOMS = (attention, selection)
+_ROOMS = (attention, masking, selection)
 SCHEMAS: dict[str, str] = {op: s for room in _ROOMS for op, s in room.SCHEMAS.items()}
 FAKES: dict[str, Callable[..., Any]] = {op: f for room in _ROOMS for op, f in room.FAKES.items()}
 
