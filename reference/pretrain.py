@@ -24,10 +24,14 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+)
 
 import syncmask_kernels as smk
-from reference.batch import crop_and_flip, derived_seed, make_batch, step_indices
+from reference.batch import Batch, crop_and_flip, derived_seed, make_batch, step_indices
 from reference.checkpoint import (
     CheckpointError,
     TrainState,
@@ -60,7 +64,7 @@ def pretrain(config: PretrainConfig) -> Path:
     _open_run(run, config)
     saved = checkpoints(run)[-1] if checkpoints(run) else None
     data = config.load_data(load_tokenizer(saved) if saved else None)
-    state = build(config, data)
+    state = build(config, data.tokenizer)
     if saved:
         load_checkpoint(saved, state)
     keep_metrics(run, state.step)
@@ -78,12 +82,12 @@ def _open_run(run: Path, config: PretrainConfig) -> None:
     save_json(run / CONFIG, asdict(config))
 
 
-def build(config: PretrainConfig, data: Data) -> TrainState:
+def build(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainState:
     """A freshly initialised model and teacher, with their optimiser and schedule."""
     torch.manual_seed(derived_seed(config.seed, "initialisation", 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     new = METHODS[config.method].model
-    model = new(config, len(data.tokenizer), data.tokenizer.pad_token_id).to(device)
+    model = new(config, len(tokenizer), tokenizer.pad_token_id).to(device)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -140,7 +144,14 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
     batch = make_batch(data.train[rows], data.tokenizer, state.model.temperature.device)
     if config.augment:
         batch = batch._replace(pixels=crop_and_flip(batch.pixels))
-    step = Step(state.model, state.teacher, batch, state.step, data.tokenizer, config)
+    return update(state, batch, data.tokenizer, config)
+
+
+def update(
+    state: TrainState, batch: Batch, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig
+) -> dict[str, Tensor]:
+    """`train_step` on a batch that is given."""
+    step = Step(state.model, state.teacher, batch, state.step, tokenizer, config)
     # A young teacher follows quickly: the warm-up of TensorFlow's ExponentialMovingAverage.
     momentum = min(config.momentum, (1 + state.step) / (10 + state.step))
     with operators(config.operators):

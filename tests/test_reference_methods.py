@@ -42,7 +42,7 @@ def batch(data: Data) -> Batch:
 
 def started(data: Data, **options: Any) -> tuple[TrainState, PretrainConfig]:
     config = PretrainConfig(**SIZES | options)
-    state = build(config, data)
+    state = build(config, data.tokenizer)
     for parameter in state.model.parameters():  # no zero biases or mask tokens: they hide mistakes
         parameter.data += 0.05 * torch.randn_like(parameter)
     return state, config

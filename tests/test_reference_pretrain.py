@@ -90,7 +90,7 @@ def test_a_checkpoint_is_a_usable_model(finished: Path, data: Data) -> None:
 def test_losses_fall_on_what_is_trained_on(tmp_path: Path) -> None:
     config = tiny(tmp_path, items=4, steps=100, learning_rate=3e-3)
     data = load_data(items=4, image_size=16)
-    state = build(config, data)
+    state = build(config, data.tokenizer)
     first, *_, last = [train_step(state, data, config) for _ in range(60)]
     assert last["itc"] < 1  # chance: ln 8
     assert last["mlm"] < 0.75 * first["mlm"]
@@ -99,7 +99,7 @@ def test_losses_fall_on_what_is_trained_on(tmp_path: Path) -> None:
 
 def test_a_young_teacher_follows_quickly(data: Data, tmp_path: Path) -> None:
     config = tiny(tmp_path, momentum=0.2)
-    state = build(config, data)
+    state = build(config, data.tokenizer)
     expected = state.model.word_bias.detach().clone()
     for momentum in (1 / 10, 2 / 11, 0.2, 0.2):
         train_step(state, data, config)
@@ -109,7 +109,7 @@ def test_a_young_teacher_follows_quickly(data: Data, tmp_path: Path) -> None:
 
 def test_a_step_depends_on_nothing_but_state_seed_and_step(data: Data, tmp_path: Path) -> None:
     def run(config: PretrainConfig, disturbance: int) -> list[float]:
-        state = build(config, data)
+        state = build(config, data.tokenizer)
         losses = []
         for _ in range(6):
             torch.manual_seed(disturbance)
@@ -183,7 +183,7 @@ def test_an_unwritable_checkpoint_leaves_the_last_one(
     finished: Path, data: Data, tmp_path: Path
 ) -> None:
     config = tiny(tmp_path)
-    state = build(config, data)
+    state = build(config, data.tokenizer)
     saved = save_checkpoint(tmp_path, state, config, data.tokenizer)
     before = {path.name: path.stat().st_mtime_ns for path in saved.iterdir()}
     state.step = 7
@@ -204,7 +204,7 @@ def test_an_unwritable_checkpoint_leaves_the_last_one(
 
 def test_what_a_killed_writer_left_is_cleared_away(data: Data, tmp_path: Path) -> None:
     config = tiny(tmp_path, keep_checkpoints=2)
-    state = build(config, data)
+    state = build(config, data.tokenizer)
     leftover = tmp_path / "checkpoints" / ".step-00000003.77.tmp"
     leftover.mkdir(parents=True)
     (leftover / "model.safetensors").write_bytes(b"torn")
@@ -309,7 +309,7 @@ def test_mask_figures() -> None:
 def test_examples_show_views_of_one_item_and_true_hits(data: Data, tmp_path: Path) -> None:
     config = tiny(tmp_path)
     torch.manual_seed(0)
-    encoded = encode(build(config, data).teacher, data.val, data.tokenizer, config)
+    encoded = encode(build(config, data.tokenizer).teacher, data.val, data.tokenizer, config)
     shown = examples(encoded, data.val, data.tokenizer, items=3, queries=4)
     assert shown.captions[0::2] == shown.captions[1::2]
     assert not torch.equal(shown.image[0], shown.image[1])
