@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks, _host, backends
+from syncmask_kernels.attention import wants_grad
+from syncmask_kernels.backends.eager import patch_losses as eager
 from syncmask_kernels.backends.loss_request import REDUCTIONS
 from syncmask_kernels.backends.patch_losses_request import KINDS, PatchLoss
 
@@ -28,6 +32,26 @@ def _patch_grid(pred: Tensor, target: Tensor, patch_size: int | None) -> tuple[i
             f"got shape {tuple(target.shape)}"
         )
     return (height // patch_size) * (width // patch_size), channels * patch_size**2
+
+
+class _MaskedPatchLoss(torch.autograd.Function):
+    """The forward and backward of a backend without autograd; the target is a constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Any, run_backward: Any, loss: PatchLoss, pred: Tensor, *constants: Tensor
+    ) -> Any:
+        result, divisor = run(pred, *constants, loss)
+        ctx.save_for_backward(divisor, pred, *constants)
+        ctx.run_backward, ctx.loss = run_backward, loss
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # A gradient of the gradient takes operations that autograd records.
+        twice = torch.is_grad_enabled()
+        run: Any = eager.masked_patch_loss_backward if twice else ctx.run_backward
+        return None, None, None, run(grad, *ctx.saved_tensors, ctx.loss), None, None
 
 
 def masked_patch_loss(
@@ -97,7 +121,16 @@ def masked_patch_loss(
         )
     _checks.choice("kind", kind, KINDS)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    run = backends.choose("masked_patch_loss", pred)
     loss = PatchLoss(kind, patch_size, norm_pix, gather_pred, reduction)
-    result: Tensor = run(pred, target, ids_or_mask, loss)
+    given = pred, target, ids_or_mask
+    run, run_backward = (
+        backends.choose(op, pred, pred, target, loss)
+        for op in ("masked_patch_loss", "masked_patch_loss_backward")
+    )
+    if wants_grad(target):
+        run = eager.masked_patch_loss
+    if wants_grad(pred) and run is not eager.masked_patch_loss:
+        recorded: Tensor = _MaskedPatchLoss.apply(run, run_backward, loss, *given)
+        return recorded
+    result: Tensor = run(*given, loss)[0]
     return result

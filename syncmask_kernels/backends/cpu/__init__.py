@@ -8,7 +8,7 @@ from syncmask_kernels.backends.kernel import Kernel
 KERNELS: dict[str, Kernel] = {}
 _missing, _state = native.load("cpu")
 if _missing is None:
-    from syncmask_kernels.backends.cpu import attention, masking, selection
+    from syncmask_kernels.backends.cpu import attention, masking, patch_losses, selection
 
     KERNELS["head_average"] = Kernel(attention.head_average, attention.refuses)
     KERNELS["attention_map"] = Kernel(attention.attention_map, attention.refuses)
@@ -21,6 +21,8 @@ if _missing is None:
     KERNELS["masked_sum"] = Kernel(masking.masked_sum, masking.refuses_sum)
     KERNELS["gather_masked"] = Kernel(masking.gather_masked, masking.refuses_move)
     KERNELS["scatter_masked"] = Kernel(masking.scatter_masked, masking.refuses_sum)
+    for op in ("masked_patch_loss", "masked_patch_loss_backward"):
+        KERNELS[op] = Kernel(getattr(patch_losses, op), patch_losses.refuses)
 
 
 def unavailable(device_type: str) -> str | None:

@@ -30,6 +30,7 @@ KERNELS = {
     "scatter_masked": Kernel(masking.scatter_masked),
     "masked_linear_cross_entropy": Kernel(losses.masked_linear_cross_entropy),
     "masked_patch_loss": Kernel(patch_losses.masked_patch_loss),
+    "masked_patch_loss_backward": Kernel(patch_losses.masked_patch_loss_backward),
     "queue_contrastive_loss": Kernel(queue_losses.queue_contrastive_loss),
     "enqueue_": Kernel(queue_losses.enqueue_),
     "sample_negatives": Kernel(negatives.sample_negatives),

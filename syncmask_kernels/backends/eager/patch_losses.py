@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from syncmask_kernels.backends.eager.masking import gather_masked
+from syncmask_kernels.backends.eager.masking import gather_masked, scatter_masked
 from syncmask_kernels.backends.patch_losses_request import PatchLoss
 
 
@@ -24,16 +24,10 @@ def _target_patches(target: Tensor, ids: Tensor | None, patch_size: int | None) 
     return grid[batch, cell // columns, cell % columns].flatten(2)
 
 
-def _patch_losses(pred: Tensor, target: Tensor, kind: str) -> Tensor:
-    """[B, K, C] -> [B, K]."""
-    if kind == "cosine":
-        return 1 - F.cosine_similarity(pred, target, dim=-1)
-    loss = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
-    return loss(pred, target, reduction="none").mean(dim=-1)
-
-
-def masked_patch_loss(pred: Tensor, target: Tensor, ids_or_mask: Tensor, loss: PatchLoss) -> Tensor:
-    """The loss over masked patches of pred [B, P or K, C] and target [B, P, C] or an image."""
+def _masked_rows(
+    pred: Tensor, target: Tensor, ids_or_mask: Tensor, loss: PatchLoss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Predictions and targets [B, P or K, C], at least float32, 0 where `keep` is False."""
     by_mask = ids_or_mask.dtype == torch.bool
     ids = None if by_mask else ids_or_mask
     keep = ids_or_mask if by_mask else ids_or_mask >= 0
@@ -47,8 +41,57 @@ def masked_patch_loss(pred: Tensor, target: Tensor, ids_or_mask: Tensor, loss: P
         target = target - target.mean(dim=-1, keepdim=True)
         variance = target.square().sum(dim=-1, keepdim=True) / (target.shape[-1] - 1)
         target = target / (variance + 1e-6).sqrt()
+    return pred, target, keep
+
+
+def _patch_losses(pred: Tensor, target: Tensor, kind: str) -> Tensor:
+    """[B, K, C] -> [B, K]."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(pred, target, dim=-1)
+    loss = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+    return loss(pred, target, reduction="none").mean(dim=-1)
+
+
+def masked_patch_loss(
+    pred: Tensor, target: Tensor, ids_or_mask: Tensor, loss: PatchLoss
+) -> tuple[Tensor, Tensor]:
+    """The loss over masked patches of pred [B, P or K, C] and target [B, P, C] or an image, and by
+    what the losses of patches are divided.
+    """
+    pred, target, keep = _masked_rows(pred, target, ids_or_mask, loss)
     losses = _patch_losses(pred, target, loss.kind).masked_fill(~keep, 0)
     if loss.reduction == "none":
-        return losses
+        return losses, losses.new_ones(())
     total = losses.sum()
-    return total if loss.reduction == "sum" else total / keep.sum().clamp(min=1)
+    divisor = keep.sum().clamp(min=1) if loss.reduction == "mean" else total.new_ones(())
+    return total / divisor, divisor.to(total.dtype)
+
+
+def _slopes(pred: Tensor, target: Tensor, kind: str) -> Tensor:
+    """[B, K, C] -> the gradient of the loss of each patch by its prediction."""
+    if kind == "cosine":
+        pred_norm, norm = (x.norm(dim=-1, keepdim=True).clamp(min=1e-8) for x in (pred, target))
+        direction = pred / pred_norm
+        away = target / norm
+        cosine = (direction * away).sum(dim=-1, keepdim=True)
+        return (direction * cosine - away) / pred_norm
+    error = pred - target
+    slope = {"l1": error.sign(), "mse": 2 * error, "smooth_l1": error.clamp(-1, 1)}[kind]
+    return slope / error.shape[-1]
+
+
+def masked_patch_loss_backward(
+    grad: Tensor,
+    divisor: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    ids_or_mask: Tensor,
+    loss: PatchLoss,
+) -> Tensor:
+    """The gradient of `pred`, in terms that autograd can go through once more."""
+    given, want, keep = _masked_rows(pred, target, ids_or_mask, loss)
+    weight = (grad / divisor).expand(keep.shape).unsqueeze(-1)
+    slopes = (weight * _slopes(given, want, loss.kind)).masked_fill(~keep.unsqueeze(-1), 0)
+    if loss.gather_pred:
+        slopes = scatter_masked(slopes, ids_or_mask, pred.shape[1])
+    return slopes.to(pred.dtype)
