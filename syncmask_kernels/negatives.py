@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks, _host, backends
-
-MODES = ("multinomial", "hardest", "semi_hard")
+from syncmask_kernels.backends.overloads.negatives import MODES
 
 
 class Negatives(NamedTuple):
@@ -28,7 +27,9 @@ def _check_ids(name: str, ids: Tensor | None, layout: str, size: int, sim: Tenso
 
 def _check_mode(mode: str, margin: float, quantile: float | None, noise: Tensor | None) -> None:
     _checks.choice("mode", mode, MODES)
-    if mode != "semi_hard" and (margin != 0 or quantile is not None):
+    if mode == "semi_hard":
+        _checks.number("margin", margin)
+    elif margin != 0 or quantile is not None:
         raise ValueError(
             f"margin and quantile are for mode 'semi_hard', got mode {mode!r}, margin={margin}, "
             f"quantile={quantile}"
@@ -118,9 +119,7 @@ def sample_negatives(
     _check_ids("positive", positive, "[B]", rows, sim)
     if positive is not None:
         _host.ids_within("positive", positive, 0, columns, "N")
-    elif rows == columns:
-        positive = torch.arange(rows, device=sim.device)
-    elif mode == "semi_hard":
+    elif mode == "semi_hard" and rows != columns:
         raise ValueError(
             f"positive must be given for semi_hard where B != N, got B={rows}, N={columns}"
         )
@@ -136,8 +135,10 @@ def sample_negatives(
         _checks.same_device("noise", noise, "sim", sim)
     elif mode == "multinomial":
         seed = _host.philox_seed(seed, generator, sim.device)
-    rank = _host.as_fraction(1.0 if quantile is None else quantile)
-    run = backends.choose("sample_negatives", sim)
+    rank = (1, 1) if quantile is None else _host.as_fraction(quantile)
+    run = backends.choose("sample_negatives", sim, sim)
+    if sim.requires_grad:
+        sim = sim.detach()
     return Negatives(
-        *run(sim.detach(), positive, exclude, row_ids, col_ids, mode, margin, rank, seed, noise)
+        *run(sim, positive, exclude, row_ids, col_ids, mode, margin, rank, seed, noise)
     )

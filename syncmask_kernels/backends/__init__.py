@@ -123,7 +123,7 @@ def build_info() -> BuildInfo:
 
     Example:
         >>> import syncmask_kernels as smk
-        >>> smk.build_info().operators["sample_negatives"]["cpu"]
+        >>> smk.build_info().operators["ema_update_"]["cpu"]
         'eager'
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

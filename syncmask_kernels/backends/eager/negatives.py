@@ -27,9 +27,9 @@ def _candidates(
     return candidate
 
 
-def _first(scores: Tensor, candidate: Tensor, largest: bool = True) -> Tensor:
-    """The candidate with the largest (smallest) score, the lowest index of equals."""
-    return order_keys(scores, candidate, largest).argmax(dim=1)
+def _first(scores: Tensor, candidate: Tensor) -> Tensor:
+    """The candidate with the largest score, the lowest index of equals."""
+    return order_keys(scores, candidate, largest=True).argmax(dim=1)
 
 
 def _semi_hard(
@@ -39,17 +39,17 @@ def _semi_hard(
     margin: float,
     quantile: tuple[int, int],
 ) -> Tensor:
-    ceiling = sim.gather(1, positive.unsqueeze(1)) - margin
-    easier = candidate & (sim < ceiling)
-    # The ascending rank ceil(quantile * count) of what is easier; position 0 where nothing is.
+    """The candidate at the ascending rank ceil(quantile * count) of those below the ceiling.
+
+    They rank before all others, so that it is a rank among all candidates; it is the first where
+    nothing is below.
+    """
     num, den = quantile
-    count = easier.sum(dim=1, keepdim=True)
+    ceiling = sim.gather(1, positive.unsqueeze(1)) - margin
+    count = (candidate & (sim < ceiling)).sum(dim=1, keepdim=True)
     rank = ((count * num + (den - 1)) // den - 1).clamp(min=0)
-    ascending = sim.masked_fill(~easier, float("inf")).sort(dim=1).values
-    level = ascending.gather(1, rank)
-    chosen = _first(sim, easier & (sim == level))
-    easiest = _first(sim, candidate, largest=False)
-    return torch.where(easier.any(dim=1), chosen, easiest)
+    ascending = sim.masked_fill(~candidate, float("inf")).sort(dim=1).values
+    return _first(sim, candidate & (sim == ascending.gather(1, rank)))
 
 
 def sample_negatives(
@@ -70,6 +70,8 @@ def sample_negatives(
         ids = torch.zeros(batch, dtype=torch.int64, device=sim.device)
         return ids, torch.zeros_like(ids, dtype=torch.bool)
     sim = sim.to(torch.promote_types(sim.dtype, torch.float32))
+    if positive is None and batch == columns:
+        positive = torch.arange(batch, device=sim.device)
     candidate = _candidates(sim, positive, exclude, row_ids, col_ids)
     found = candidate.any(dim=1)
     if mode == "semi_hard":
