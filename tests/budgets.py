@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import syncmask_kernels as smk
+from syncmask_kernels import backends
 from tests.gpu_on_cpu.build import call, nvcc_ptx
 from tests.gpu_on_cpu.cuda_launch import SOURCES, cuda_on_cpu
 from tests.gpu_on_cpu.triton_launch import TargetOnly, triton_on_cpu
@@ -119,6 +120,12 @@ def chosen_by_topk(**arguments: Any) -> tuple[Tensor, Tensor]:
     return chosen.mask, chosen.ids
 
 
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """The gradient of a mask token, by itself."""
+    total: Tensor = backends.choose("masked_sum", x, x)(x, mask)
+    return total
+
+
 def selection_calls() -> dict[str, Call]:
     shape = "[2, 12, 30, 257]"
     attn = drawn(2, 12, 30, 257).softmax(dim=-1)
@@ -156,9 +163,32 @@ def attention_calls() -> dict[str, Call]:
     return calls
 
 
+def masking_calls() -> dict[str, Call]:
+    x, mask, ids = drawn(2, 128, 768), drawn(2, 128) < -0.67, torch.arange(40).expand(2, 40)
+    token, calls = drawn(768), {}
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, " bfloat16")):
+        x = x.to(dtype)
+        masked = {"patches": x, "patch_mask": mask, "mask_token": token}
+        calls |= {
+            f"mask_patches [2, 128, 768]{suffix}": (smk.mask_patches, masked),
+            f"masked_sum [2, 128, 768]{suffix}": (masked_sum, {"x": x, "mask": mask}),
+            f"gather_masked [2, 128, 768], 40 ids{suffix}": (
+                smk.gather_masked,
+                {"x": x, "ids": ids},
+            ),
+            f"scatter_masked [2, 40, 768] to 128{suffix}": (
+                smk.scatter_masked,
+                {"x": x[:, :40].clone(), "ids": ids, "N": 128},
+            ),
+        }
+    return calls
+
+
 def moved(backend: str) -> Rows:
     """What calls move, in all and by kernel, next to their inputs and outputs, moved once."""
-    calls = selection_calls() | (attention_calls() if backend == "triton" else {})
+    calls = selection_calls()
+    if backend == "triton":
+        calls |= attention_calls() | masking_calls()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]
     rows: Rows = {}
     with on_cpu(PTX_ARCHITECTURE) as traffic, smk.use_backend(backend):

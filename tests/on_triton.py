@@ -19,7 +19,9 @@ if triton.unavailable(DEVICE) is not None:
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
 GUARD = 64
-POISON = {torch.bool: True, torch.int64: -7}
+POISON = {torch.bool: True, torch.uint8: 249} | dict.fromkeys(
+    (torch.int16, torch.int32, torch.int64), -7
+)
 
 
 @contextmanager

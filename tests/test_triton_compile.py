@@ -50,6 +50,7 @@ def test_compiles_without_what_rounds_or_orders_otherwise(
         "dual",
         "topk",
         "topk-long-bf16",
+        "masking",
         "output-bf16",
         "qk-bf16",
         "similarity",

@@ -8,7 +8,7 @@ import torch
 
 from syncmask_kernels.backends import overloads
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, SyncRequest
-from syncmask_kernels.backends.triton import attention, scores, selection
+from syncmask_kernels.backends.triton import attention, masking, scores, selection
 from syncmask_kernels.backends.triton.launch import Launch
 
 
@@ -88,6 +88,20 @@ def similarity_launches(batch: int, dtype: torch.dtype) -> list[Launch]:
     return scores.similarity_launches(patches, tokens, None)[1]
 
 
+def masking_launches(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[Launch]:
+    batch, positions, width, columns = shape
+    x, token = torch.empty(batch, positions, columns, dtype=dtype), torch.empty(columns)
+    mask = torch.empty(batch, positions, dtype=torch.bool)
+    ids = torch.empty(batch, width, dtype=torch.int64)
+    return [
+        *masking.mask_patches_launches(x, mask, token)[1],
+        *masking.mask_patches_launches(x, mask, None)[1],
+        *masking.masked_sum_launches(x, mask)[1],
+        *masking.gather_launches(x, ids, 0.0)[1],
+        *masking.scatter_launches(x[:, :width], ids, positions)[1],
+    ]
+
+
 FP32, BF16 = torch.float32, torch.bfloat16
 USUAL, ODD, LARGE = (64, 12, 30, 257, 64), (37, 7, 23, 198, 40), (8, 12, 128, 1025, 128)
 CASES = {
@@ -109,4 +123,7 @@ CASES = {
     "qk-large": lambda: score_qk_launches(LARGE, BF16, "dual", everything=False)[1:],
     "similarity": lambda: similarity_launches(64, FP32),
     "similarity-bf16": lambda: similarity_launches(64, BF16),
+    "masking": lambda: masking_launches((64, 256, 64, 768), FP32),
+    "masking-odd": lambda: masking_launches((37, 197, 50, 771), FP32),
+    "masking-bf16": lambda: masking_launches((64, 256, 64, 768), BF16),
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels.backends.kernel import Kernel
+from syncmask_kernels.backends.overloads.masking import refuses_move, refuses_sum
 from syncmask_kernels.backends.request import ScoringQK, SyncRequest
 
 MAX_POSITIONS = 8192  # a row of keys is held by one program
@@ -93,6 +94,10 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
     "sync_topk_mask": _refuses_sync_topk_mask,
     "sync_scores_qk": _refuses_sync_scores_qk,
     "max_similarity": _refuses_products,
+    "mask_patches": refuses_sum,
+    "masked_sum": refuses_sum,
+    "gather_masked": refuses_move,
+    "scatter_masked": refuses_sum,
 }
 KERNELS = {op: _kernel(op, refuses) for op, refuses in _REFUSALS.items()}
 

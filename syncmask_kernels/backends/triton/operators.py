@@ -5,14 +5,24 @@ from syncmask_kernels.backends.triton.attention import (
     attention_with_map,
     head_average,
 )
+from syncmask_kernels.backends.triton.masking import (
+    gather_masked,
+    mask_patches,
+    masked_sum,
+    scatter_masked,
+)
 from syncmask_kernels.backends.triton.scores import max_similarity, sync_scores_qk
 from syncmask_kernels.backends.triton.selection import sync_topk_mask, topk_mask
 
 __all__ = [
     "attention_map",
     "attention_with_map",
+    "gather_masked",
     "head_average",
+    "mask_patches",
+    "masked_sum",
     "max_similarity",
+    "scatter_masked",
     "sync_scores_qk",
     "sync_topk_mask",
     "topk_mask",
