@@ -184,11 +184,32 @@ def masking_calls() -> dict[str, Call]:
     return calls
 
 
+def loss_and_gradient(pred: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """Of masked_patch_loss."""
+    leaf = pred.detach().requires_grad_()
+    loss = smk.masked_patch_loss(leaf, **arguments, kind="mse", patch_size=16, norm_pix=True)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def patch_calls() -> dict[str, Call]:
+    """Patches of 768 values, all of them masked or a quarter."""
+    pred, image = drawn(2, 16, 768), drawn(2, 3, 64, 64)
+    calls: dict[str, Call] = {}
+    for share in (1, 4):
+        mask = (torch.arange(16) % share == 0).expand(2, 16)
+        given = {"pred": pred, "target": image, "ids_or_mask": mask}
+        name = f"masked_patch_loss [2, 16, 768], {16 // share} masked, and its gradient"
+        calls[name] = (loss_and_gradient, given)
+    return calls
+
+
 def moved(backend: str) -> Rows:
     """What calls move, in all and by kernel, next to their inputs and outputs, moved once."""
     calls = selection_calls()
     if backend == "triton":
         calls |= attention_calls() | masking_calls()
+    if backend == "triton":
+        calls |= patch_calls()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]
     rows: Rows = {}
     with on_cpu(PTX_ARCHITECTURE) as traffic, smk.use_backend(backend):

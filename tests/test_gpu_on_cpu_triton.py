@@ -106,6 +106,36 @@ def similarity(*shape: int, dtype: torch.dtype = torch.float32) -> Call:
     }
 
 
+def patch_loss(pred: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient of the prediction."""
+    leaf = pred.detach().requires_grad_()
+    loss = smk.masked_patch_loss(leaf, **rest)
+    slope = torch.arange(1, loss.numel() + 1).reshape(loss.shape).to(loss)
+    return loss.detach(), torch.autograd.grad(loss, leaf, slope)[0]
+
+
+def patches(
+    ids_or_mask: Tensor,
+    side: int,
+    rows: int,
+    types: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    **options: Any,
+) -> Call:
+    """`rows` predictions of each of 2 images, which are 6 patches each."""
+    shapes = (2, rows, 3 * side**2), (2, 3, 2 * side, 3 * side)
+    pred, image = (torch.randn(s, generator=seeded(40 + len(s))) for s in shapes)
+    given = {"pred": pred.to(types[0]), "target": image.to(types[1]), "ids_or_mask": ids_or_mask}
+    return patch_loss, {**given, "patch_size": side, **options}
+
+
+def features(**options: Any) -> Call:
+    pred, target = (torch.randn(2, 6, 40, generator=seeded(i)).half() for i in (43, 44))
+    return patch_loss, {"pred": pred, "target": target, "ids_or_mask": chance(0.5, 2, 6), **options}
+
+
+PATCH_IDS = torch.tensor([[4, 4, -1, 0], [2, -1, 2, 2]])
+FLOAT, BFLOAT = torch.float32, torch.bfloat16
+
 # One row a call; every launch that it makes is run for every architecture.
 CALLS: dict[str, Callable[[], Call]] = {
     "topk": lambda: topk(3, 197, k=60),
@@ -160,6 +190,15 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "similarity": lambda: similarity(2, 70, 40, 40),
     "similarity-bf16": lambda: similarity(2, 30, 70, 130, dtype=torch.bfloat16),
+    "patches": lambda: patches(chance(0.5, 2, 6), 5, 6),
+    "patches-ids-bf16": lambda: patches(
+        PATCH_IDS, 4, 6, (BFLOAT, FLOAT), kind="mse", norm_pix=True, reduction="none"
+    ),
+    "patches-gathered": lambda: patches(
+        PATCH_IDS, 3, 4, (FLOAT, BFLOAT), kind="cosine", norm_pix=True, reduction="sum"
+    ),
+    "patches-large": lambda: patches(chance(0.3, 2, 6), 32, 6, kind="smooth_l1", norm_pix=True),
+    "features-f16": lambda: features(kind="cosine", reduction="none"),
 }
 
 

@@ -53,6 +53,7 @@ def test_compiles_without_what_rounds_or_orders_otherwise(
         "masking",
         "output-bf16",
         "qk-bf16",
+        "patches",
         "similarity",
         "similarity-bf16",
     ],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from syncmask_kernels.backends import overloads
+from syncmask_kernels.backends.patch_losses_request import KINDS
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, SyncRequest
 from syncmask_kernels.backends.triton import attention, masking, scores, selection
 from syncmask_kernels.backends.triton.launch import Launch
@@ -102,6 +103,19 @@ def masking_launches(shape: tuple[int, int, int, int], dtype: torch.dtype) -> li
     ]
 
 
+def patch_launches(side: int, dtype: torch.dtype, kind: str, by_ids: bool = False) -> list[Launch]:
+    """The loss of 64 images in 256 patches, normalised, and its gradient."""
+    image = torch.empty(64, 3, 16 * side, 16 * side)
+    pred = torch.empty(64, 256, 3 * side**2, dtype=dtype)
+    chosen = torch.empty(64, 256, dtype=torch.bool)
+    if by_ids:
+        chosen = torch.empty(64, 64, dtype=torch.int64)
+    options = KINDS.index(kind), side, True, by_ids
+    outputs, launches = patch_losses.loss_launches(pred, image, chosen, *options, 0)
+    given = *outputs, pred, image, chosen
+    return launches + patch_losses.gradient_launches(*given, *options)[1]
+
+
 FP32, BF16 = torch.float32, torch.bfloat16
 USUAL, ODD, LARGE = (64, 12, 30, 257, 64), (37, 7, 23, 198, 40), (8, 12, 128, 1025, 128)
 CASES = {
@@ -126,4 +140,7 @@ CASES = {
     "masking": lambda: masking_launches((64, 256, 64, 768), FP32),
     "masking-odd": lambda: masking_launches((37, 197, 50, 771), FP32),
     "masking-bf16": lambda: masking_launches((64, 256, 64, 768), BF16),
+    "patches": lambda: patch_launches(16, FP32, "mse"),
+    "patches-ids-bf16": lambda: patch_launches(16, BF16, "cosine", by_ids=True),
+    "patches-large-bf16": lambda: patch_launches(32, BF16, "smooth_l1"),
 }

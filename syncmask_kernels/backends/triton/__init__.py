@@ -16,12 +16,14 @@ from torch import Tensor
 
 from syncmask_kernels.backends.kernel import Kernel
 from syncmask_kernels.backends.overloads.masking import refuses_move, refuses_sum
+from syncmask_kernels.backends.patch_losses_request import PatchLoss
 from syncmask_kernels.backends.request import ScoringQK, SyncRequest
 
 MAX_POSITIONS = 8192  # a row of keys is held by one program
 MAX_SHARED_WORDS = 512  # likewise the words, for the rules that normalise over them
 MAX_SHARED_QUERIES = 128  # likewise, where their queries are held too
 MAX_HEAD_DIM = 128  # the columns of a head are all held at once
+MAX_PATCH_VALUES = 4096  # likewise the values of a patch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _INSTALLED = find_spec("triton") is not None
 
@@ -77,6 +79,12 @@ def _refuses_sync_scores_qk(scoring: ScoringQK) -> str | None:
     )
 
 
+def _refuses_patch_loss(pred: Tensor, target: Tensor, loss: PatchLoss) -> str | None:
+    if pred.shape[-1] > MAX_PATCH_VALUES:
+        return f"patches of {pred.shape[-1]} values (at most {MAX_PATCH_VALUES})"
+    return _refuses_type(pred) or _refuses_type(target)
+
+
 def _kernel(op: str, refuses: Callable[..., str | None]) -> Kernel:
     def run(*call: Any) -> Any:
         from syncmask_kernels.backends.triton import operators
@@ -94,6 +102,8 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
     "sync_topk_mask": _refuses_sync_topk_mask,
     "sync_scores_qk": _refuses_sync_scores_qk,
     "max_similarity": _refuses_products,
+    "masked_patch_loss": _refuses_patch_loss,
+    "masked_patch_loss_backward": _refuses_patch_loss,
     "mask_patches": refuses_sum,
     "masked_sum": refuses_sum,
     "gather_masked": refuses_move,

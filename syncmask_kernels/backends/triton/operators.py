@@ -11,6 +11,10 @@ from syncmask_kernels.backends.triton.masking import (
     masked_sum,
     scatter_masked,
 )
+from syncmask_kernels.backends.triton.patch_losses import (
+    masked_patch_loss,
+    masked_patch_loss_backward,
+)
 from syncmask_kernels.backends.triton.scores import max_similarity, sync_scores_qk
 from syncmask_kernels.backends.triton.selection import sync_topk_mask, topk_mask
 
@@ -21,6 +25,8 @@ __all__ = [
     "head_average",
     "mask_patches",
     "masked_sum",
+    "masked_patch_loss",
+    "masked_patch_loss_backward",
     "max_similarity",
     "scatter_masked",
     "sync_scores_qk",
