@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 
 from syncmask_kernels import _checks, backends
+from syncmask_kernels.backends.eager.attention import product
 from syncmask_kernels.backends.queue_losses_request import Keys
+
+
+class _Contrast(torch.autograd.Function):
+    """Row losses [B] of queries [B, D]: cross entropy with the positives and the teacher's softmax.
+
+    The gradient is formed in the forward pass, in which the keys are at hand; the backward pass
+    reads none, so the queue may change before it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        run: Any,
+        teacher: Tensor | None,
+        keys: Keys,
+        alpha: float | Tensor,
+    ) -> Tensor:
+        losses: Tensor
+        losses, slope = run(queries, teacher, keys, alpha)
+        ctx.save_for_backward(slope)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return grad.unsqueeze(1) * slope, None, None, None, None
 
 
 def _check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], first: Tensor) -> None:
@@ -137,9 +169,21 @@ def queue_contrastive_loss(
         Keys(key.detach().to(wide), queue.detach(), ids, queue_ids)
         for key, queue in ((image_key, image_queue), (text_key, text_queue))
     )
-    run = backends.choose("queue_contrastive_loss", image_feat)
-    loss, sim_i2t, sim_t2i = run(features, own_keys, (texts, images), temperature, alpha)
-    return loss, sim_i2t, sim_t2i
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(wide)
+    distilled = isinstance(alpha, Tensor) or alpha > 0
+    run = backends.choose("queue_contrastive_loss", image_feat, images)
+    loss, sims = image_feat.new_zeros((), dtype=wide), []
+    for feature, own, others in zip(features, (images, texts), (texts, images), strict=True):
+        queries = feature.to(wide) / temperature
+        sims.append(product(queries, others.batch.T))
+        if batch == 0:
+            loss = loss + queries.sum()
+            continue
+        with torch.no_grad():
+            teacher = own.batch / temperature if distilled else None
+        loss = loss + _Contrast.apply(queries, run, teacher, others, alpha).mean() / 2
+    return loss, sims[0], sims[1]
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:

@@ -136,6 +136,29 @@ def features(**options: Any) -> Call:
 PATCH_IDS = torch.tensor([[4, 4, -1, 0], [2, -1, 2, 2]])
 FLOAT, BFLOAT = torch.float32, torch.bfloat16
 
+
+def contrast(image_feat: Tensor, text_feat: Tensor, **rest: Any) -> tuple[Tensor, ...]:
+    """The loss, both gradients, and the similarities."""
+    leaves = [x.detach().requires_grad_() for x in (image_feat, text_feat)]
+    loss, *sims = smk.queue_contrastive_loss(*leaves, temperature=0.1, **rest)
+    return loss.detach(), *torch.autograd.grad(loss, leaves), *(sim.detach() for sim in sims)
+
+
+def queue(batch: int, columns: int, dtype: torch.dtype = torch.float32, **options: Any) -> Call:
+    """Features, keys and queues of 16 numbers."""
+    names = ("image_feat", "text_feat", "image_key", "text_key", "image_queue", "text_queue")
+    shapes = [(batch, 16)] * 4 + [(16, columns)] * 2
+    drawn = {
+        name: (torch.randn(shape, generator=seeded(14 + i)) / 4).to(dtype)
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    }
+    return contrast, {**drawn, **options}
+
+
+def items(count: int, seed: int = 20) -> Tensor:
+    return torch.randint(9, (count,), generator=seeded(seed))
+
+
 # One row a call; every launch that it makes is run for every architecture.
 CALLS: dict[str, Callable[[], Call]] = {
     "topk": lambda: topk(3, 197, k=60),
@@ -187,6 +210,14 @@ CALLS: dict[str, Callable[[], Call]] = {
         token_score="text_softmax",
         token_valid=chance(0.7, 2, 30),
         patch_valid=chance(0.7, 2, 69),
+    ),
+    "queue": lambda: queue(5, 23),
+    "queue-soft": lambda: queue(3, 5000, alpha=0.4),
+    "queue-items-bf16": lambda: queue(
+        *(6, 300, torch.bfloat16),
+        alpha=torch.tensor(0.4),
+        item_ids=items(6),
+        queue_ids=items(300, 21),
     ),
     "similarity": lambda: similarity(2, 70, 40, 40),
     "similarity-bf16": lambda: similarity(2, 30, 70, 130, dtype=torch.bfloat16),

@@ -9,7 +9,13 @@ import torch
 from syncmask_kernels.backends import overloads
 from syncmask_kernels.backends.patch_losses_request import KINDS
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, SyncRequest
-from syncmask_kernels.backends.triton import attention, masking, scores, selection
+from syncmask_kernels.backends.triton import (
+    attention,
+    masking,
+    queue_losses,
+    scores,
+    selection,
+)
 from syncmask_kernels.backends.triton.launch import Launch
 
 
@@ -116,6 +122,17 @@ def patch_launches(side: int, dtype: torch.dtype, kind: str, by_ids: bool = Fals
     return launches + patch_losses.gradient_launches(*given, *options)[1]
 
 
+def queue_launches(batch: int, queue: int, everything: bool) -> list[Launch]:
+    logits = torch.empty((2 if everything else 1) * batch * (batch + queue))
+    own_ids, queue_ids = (torch.empty(n, dtype=torch.int64) for n in (batch, queue))
+    options = (
+        (queue_ids, queue, True, 0.0, torch.empty(()))
+        if everything
+        else (None, queue, False, 0.0, None)
+    )
+    return queue_losses.slope_launches(logits, own_ids, *options)[1]
+
+
 FP32, BF16 = torch.float32, torch.bfloat16
 USUAL, ODD, LARGE = (64, 12, 30, 257, 64), (37, 7, 23, 198, 40), (8, 12, 128, 1025, 128)
 CASES = {
@@ -136,6 +153,8 @@ CASES = {
     "qk-bf16": lambda: score_qk_launches(USUAL, BF16, "max", everything=True),
     "qk-large": lambda: score_qk_launches(LARGE, BF16, "dual", everything=False)[1:],
     "similarity": lambda: similarity_launches(64, FP32),
+    "queue": lambda: queue_launches(64, 65536, everything=True),
+    "queue-hard": lambda: queue_launches(37, 1023, everything=False),
     "similarity-bf16": lambda: similarity_launches(64, BF16),
     "masking": lambda: masking_launches((64, 256, 64, 768), FP32),
     "masking-odd": lambda: masking_launches((37, 197, 50, 771), FP32),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncmask_kernels.backends.eager.attention import product
 from syncmask_kernels.backends.queue_losses_request import Keys
@@ -46,56 +44,20 @@ def _attend(rows: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
     return (peak + total.log()).squeeze(1), mean / total, positive / count
 
 
-class _Contrast(torch.autograd.Function):
-    """Row losses [B] of queries [B, D]: cross entropy with the positives and the teacher's softmax.
+def queue_contrastive_loss(
+    queries: Tensor, teacher: Tensor | None, keys: Keys, alpha: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """queries and teacher [B, D] -> row losses [B] and their gradient [B, D].
 
     As logits are linear in the query, targets enter by their mean key alone, and the gradient is
-    the mean key of the student's softmax less theirs. That is formed in the forward pass, in which
-    the key block is at hand; the backward pass reads no keys, so the queue may change before it.
+    the mean key of the student's softmax less theirs.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, queries: Tensor, teacher: Tensor | None, alpha: float | Tensor, keys: Keys
-    ) -> Tensor:
-        batch = queries.shape[0]
-        rows = queries if teacher is None else torch.cat((queries, teacher))
-        log_sums, means, target = _attend(rows, keys)
-        if teacher is not None:
-            target = (1 - alpha) * target + alpha * means[batch:]
-        ctx.save_for_backward(means[:batch] - target)
-        return log_sums[:batch] - (queries * target).sum(dim=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return grad.unsqueeze(1) * slope, None, None, None
-
-
-def queue_contrastive_loss(
-    features: tuple[Tensor, Tensor],
-    teachers: tuple[Tensor, Tensor],
-    keys: tuple[Keys, Keys],
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both directions: features [B, D] of a side against the keys of the other side."""
-    total, sims = features[0].new_zeros((), dtype=keys[0].batch.dtype), []
-    for feature, teacher, others in zip(features, teachers, keys, strict=True):
-        wide = others.batch.dtype
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(wide)
-        queries = feature.to(wide) / temperature
-        sims.append(product(queries, others.batch.T))
-        if feature.shape[0] == 0:
-            total = total + queries.sum()
-            continue
-        distilled = isinstance(alpha, Tensor) or alpha > 0
-        with torch.no_grad():
-            soft = teacher.to(wide) / temperature if distilled else None
-        total = total + _Contrast.apply(queries, soft, alpha, others).mean() / 2
-    return total, sims[0], sims[1]
+    batch = queries.shape[0]
+    rows = queries if teacher is None else torch.cat((queries, teacher))
+    log_sums, means, target = _attend(rows, keys)
+    if teacher is not None:
+        target = (1 - alpha) * target + alpha * means[batch:]
+    return log_sums[:batch] - (queries * target).sum(dim=1), means[:batch] - target
 
 
 @torch.no_grad()

@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 
-from syncmask_kernels.backends.overloads import attention, masking, negatives, patch_losses, selection
+from syncmask_kernels.backends.overloads import (
+    attention,
+    masking,
+    negatives,
+    patch_losses,
+    queue_losses,
+    selection,
+)
 
-_ROOMS = (attention, masking, negatives, patch_losses, selection)
+_ROOMS = (attention, masking, negatives, patch_losses, queue_losses, selection)
 SCHEMAS: dict[str, str] = {op: s for room in _ROOMS for op, s in room.SCHEMAS.items()}
 FAKES: dict[str, Callable[..., Any]] = {op: f for room in _ROOMS for op, f in room.FAKES.items()}
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from syncmask_kernels.backends.kernel import Kernel
 from syncmask_kernels.backends.overloads.masking import refuses_move, refuses_sum
 from syncmask_kernels.backends.patch_losses_request import PatchLoss
+from syncmask_kernels.backends.queue_losses_request import Keys
 from syncmask_kernels.backends.request import ScoringQK, SyncRequest
 
 MAX_POSITIONS = 8192  # a row of keys is held by one program
@@ -38,6 +39,10 @@ def _refuses_products(tensor: Tensor) -> str | None:
     if INTERPRETED and tensor.dtype == torch.bfloat16:
         return "bfloat16 products (Triton's interpreter gets them wrong)"
     return _refuses_type(tensor)
+
+
+def _refuses_keys(keys: Keys) -> str | None:
+    return _refuses_type(keys.batch)
 
 
 def _refuses_attention(q: Tensor) -> str | None:
@@ -102,6 +107,7 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
     "sync_topk_mask": _refuses_sync_topk_mask,
     "sync_scores_qk": _refuses_sync_scores_qk,
     "max_similarity": _refuses_products,
+    "queue_contrastive_loss": _refuses_keys,
     "masked_patch_loss": _refuses_patch_loss,
     "masked_patch_loss_backward": _refuses_patch_loss,
     "mask_patches": refuses_sum,

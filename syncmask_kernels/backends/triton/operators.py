@@ -15,6 +15,7 @@ from syncmask_kernels.backends.triton.patch_losses import (
     masked_patch_loss,
     masked_patch_loss_backward,
 )
+from syncmask_kernels.backends.triton.queue_losses import queue_contrastive_loss
 from syncmask_kernels.backends.triton.scores import max_similarity, sync_scores_qk
 from syncmask_kernels.backends.triton.selection import sync_topk_mask, topk_mask
 
@@ -28,6 +29,7 @@ __all__ = [
     "masked_patch_loss",
     "masked_patch_loss_backward",
     "max_similarity",
+    "queue_contrastive_loss",
     "scatter_masked",
     "sync_scores_qk",
     "sync_topk_mask",
