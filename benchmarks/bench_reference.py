@@ -93,7 +93,7 @@ def bench_training_step(compare: Callable[..., None], size: str, method: str) ->
         def call(_: Any) -> Tensor:
             torch.manual_seed(0)
             with torch.enable_grad():
-                losses = update(state, batch, tokenizer, chosen)
+                losses = update(state, [batch], tokenizer, chosen)
             return torch.stack([loss.detach() for loss in losses.values()])
 
         return call

@@ -31,11 +31,18 @@ class Batch(NamedTuple):
 
 
 def make_batch(
-    pairs: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, device: torch.device
+    pairs: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    length: int | None = None,
 ) -> Batch:
-    """Cut common padding off rows of a `PairDataset`, scale pixels to [-1, 1], move to `device`."""
+    """Cut rows of a `PairDataset`, scale pixels to [-1, 1], move to `device`.
+
+    Texts are cut to `length`, by default that of the longest.
+    """
     attended = pairs["input_ids"] != tokenizer.pad_token_id
-    length = int(attended.sum(dim=1).max())
+    if length is None:
+        length = int(attended.sum(dim=1).max())
     input_ids = pairs["input_ids"][:, :length].to(device)
     return Batch(
         pairs["image"].to(device).float() / 127.5 - 1,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
@@ -36,6 +36,7 @@ class TrainState:
 
     model: DualEncoder
     teacher: DualEncoder
+    objective: nn.Module
     optimizer: Optimizer
     schedule: LambdaLR
     step: int = 0

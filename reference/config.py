@@ -85,7 +85,7 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
     items: int = _option(4000, "Items of the drawn catalogue.")
     resume: bool = _option(False, "Go on from the last checkpoint of the output folder.")
     steps: int = _option(600, "Optimiser steps.")
-    batch_size: int = _option(48, "Pairs of a step.")
+    batch_size: int = _option(48, "Pairs of a batch, of one process.")
     learning_rate: float = _option(1e-3, "Peak, reached after the warm-up, cosine to 0.")
     warmup_steps: int = _option(60, "Steps of linear warm-up.")
     weight_decay: float = _option(0.05, "AdamW's, of matrices.")
@@ -97,6 +97,12 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
     )
     operators: Literal["library", "plain"] = _option(
         "library", "Of syncmask_kernels, or the same in plain PyTorch, to compare them."
+    )
+    accumulate: int = _option(1, "Batches whose gradients make one step.")
+    bfloat16: bool = _option(False, "Compute in bfloat16 where autocast does.")
+    compile: bool = _option(False, "Compile the encoders with torch.compile.")
+    mlm_mask: float = _option(
+        0.8, "Of words to predict: masked; of the rest half is replaced, half left as it is."
     )
     distillation: float = _option(0.0, "Share of the teacher in soft targets; ALBEF's is 0.4.")
     distillation_steps: int = _option(200, "Steps over which that share grows from 0.")
@@ -113,8 +119,10 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
             options.__post_init__(self)
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation must lie in [0, 1], got {self.distillation}")
-        counts = ("steps", "log_every", "eval_every", "save_every", "keep_checkpoints")
-        for name in (*counts, "distillation_steps"):
+        if not 0 <= self.mlm_mask <= 1:
+            raise ValueError(f"mlm_mask must lie in [0, 1], got {self.mlm_mask}")
+        counts = ("steps", "accumulate", "distillation_steps", "keep_checkpoints")
+        for name in (*counts, "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.negative_quantile <= 1:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import syncmask_kernels as smk
+from reference import ranks
 from reference.batch import Batch
 from reference.config import MaskConfig
 from reference.model import SyncMaskModel
@@ -41,7 +42,8 @@ def choose_masks(step: Step[SyncMaskModel]) -> smk.SyncMask:
     if config.masks == "random" or step.index < config.random_mask_steps:
         return random_masks(step.batch, config.patches, config)
     image, text = step.teacher_image, step.teacher_text
-    return teacher_masks(step.teacher, step.batch, image, text, config, config.mask_noise)
+    mean = ranks.mean(image.mean(dim=0, keepdim=True))
+    return teacher_masks(step.teacher, step.batch, image, text, config, config.mask_noise, mean)
 
 
 @torch.no_grad()
@@ -52,6 +54,7 @@ def teacher_masks(
     text: Tensor,
     config: MaskConfig,
     noise: float = 0.0,
+    mean_image: Tensor | None = None,
 ) -> smk.SyncMask:
     """Choose words and patches by the teacher's view of the clean pairs.
 
@@ -61,19 +64,23 @@ def teacher_masks(
         image, text: their encodings by the teacher.
         config: rules and ratios.
         noise: standard deviation of the noise, in those of a row's scores. 0: deterministic.
+        mean_image: ``[1, 1 + P, D]``, that of all ranks. Default: that of `image`.
     """
     captured = Captured.nothing()
     fused = teacher.fuse(text, batch.attended, image, captured)
     query, key, value = captured.cross_attention[config.mask_layer]
-    effect = config.word_score == "image_effect"
+    effect = None
+    if config.word_score == "image_effect":
+        mean_image = image.mean(dim=0, keepdim=True) if mean_image is None else mean_image
+        effect = image_effect(teacher, mean_image, text, batch.attended, fused)
     masks = smk.sync_topk_mask_qk(
         query,
         key,
         batch.token_valid,
         v=value if config.patch_score.endswith("value") else None,
         patch_score="cls" if config.patch_score.startswith("cls") else "mean",
-        token_score="max" if effect else config.word_score,
-        token_scores=image_effect(teacher, image, text, batch.attended, fused) if effect else None,
+        token_score="max" if effect is not None else config.word_score,
+        token_scores=effect,
         patch_ratio=config.patch_ratio,
         token_ratio=config.token_ratio,
         word_ids=batch.word_ids,
@@ -132,14 +139,14 @@ def _select(
 
 
 def image_effect(
-    teacher: SyncMaskModel, image: Tensor, text: Tensor, attended: Tensor, fused: Tensor
+    teacher: SyncMaskModel, mean_image: Tensor, text: Tensor, attended: Tensor, fused: Tensor
 ) -> Tensor:
     """``[B, T]``: one minus the cosine between each word fused with its image, and with the mean.
 
-    The mean over the batch stands for no image in particular; without cross-attention the layers
-    would see inputs they were never trained on.
+    The mean over the batch ``[1, 1 + P, D]`` stands for no image in particular; without
+    cross-attention the layers would see inputs they were never trained on.
     """
-    nondescript = image.mean(dim=0, keepdim=True).expand_as(image)
+    nondescript = mean_image.expand(len(text), -1, -1)
     return 1 - F.cosine_similarity(fused, teacher.fuse(text, attended, nondescript), dim=-1)
 
 

@@ -276,6 +276,7 @@ def enqueue_(
 def sample_negatives(
     sim: Tensor,
     *,
+    positive: Tensor,
     row_ids: Tensor,
     col_ids: Tensor,
     mode: str,
@@ -288,7 +289,7 @@ def sample_negatives(
         weights[~found] = 1
         return smk.Negatives((weights + 1e-4 * candidate).multinomial(1).squeeze(1), found)
     if mode == "semi_hard":
-        easier = candidate & (sim < sim.diagonal().unsqueeze(1))
+        easier = candidate & (sim < sim.gather(1, positive.unsqueeze(1)))
         ascending = sim.masked_fill(~easier, math.inf).sort(dim=1, stable=True)
         share = 1.0 if quantile is None else quantile
         rank = (share * easier.sum(dim=1, keepdim=True)).ceil().long().sub(1).clamp(min=0)

@@ -1,11 +1,11 @@
 """Pretrain a small model: ``python -m reference.pretrain``.
 
 By SyncMask, a reconstruction (see `reference.model.syncmask`), by SyCoCa or by SIMLA; masks,
-gathers, losses, negatives and momentum are operators of `syncmask_kernels`. One process and one
-device, in plain PyTorch: contrastive losses and negatives across processes need gathers that
-Accelerate does not bring, and without its sampler and generators every step is a function of the
-seed and the step, which is what makes a resumed run end with the very losses of an uninterrupted
-one.
+gathers, losses, negatives and momentum are operators of `syncmask_kernels`. On several GPUs or
+machines the same under ``torchrun``: see `reference.ranks`.
+
+Every step is a function of the seed and the step, which is what makes a resumed run end with the
+very losses of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -31,6 +33,7 @@ from transformers import (
 )
 
 import syncmask_kernels as smk
+from reference import ranks
 from reference.batch import Batch, crop_and_flip, derived_seed, make_batch, step_indices
 from reference.checkpoint import (
     CheckpointError,
@@ -44,7 +47,8 @@ from reference.config import PretrainConfig
 from reference.data import Data
 from reference.evaluate import evaluate
 from reference.examples import examples
-from reference.methods import METHODS
+from reference.methods import METHODS, Method
+from reference.model import DualEncoder
 from reference.plain import operators
 from reference.report import write_report
 from reference.run_files import (
@@ -60,13 +64,24 @@ from reference.step import Step
 
 def pretrain(config: PretrainConfig) -> Path:
     """Train, evaluate and write the report; returns its path."""
+    with ranks.process_group():
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> Path:
     run = Path(config.output)
-    _open_run(run, config)
+    if ranks.rank() == 0:
+        _open_run(run, config)
+    ranks.wait()
     saved = checkpoints(run)[-1] if checkpoints(run) else None
     data = config.load_data(load_tokenizer(saved) if saved else None)
     state = build(config, data.tokenizer)
     if saved:
         load_checkpoint(saved, state)
+    if ranks.rank() > 0:
+        for _ in range(state.step, config.steps):
+            train_step(state, data, config)
+        return run
     keep_metrics(run, state.step)
     train(state, data, config, run)
     return write_report(run)
@@ -82,13 +97,35 @@ def _open_run(run: Path, config: PretrainConfig) -> None:
     save_json(run / CONFIG, asdict(config))
 
 
+class Objective(nn.Module):
+    """A method's losses as a forward pass, which is where DistributedDataParallel looks on."""
+
+    def __init__(self, student: DualEncoder, method: Method) -> None:
+        super().__init__()
+        self.student, self.method = student, method
+
+    def forward(self, step: Step[Any]) -> dict[str, Tensor]:
+        return self.method.losses(step)
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
+        """None, so that nothing sends the queue around: it is filled alike on every rank."""
+        return iter(())
+
+
 def build(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainState:
     """A freshly initialised model and teacher, with their optimiser and schedule."""
     torch.manual_seed(derived_seed(config.seed, "initialisation", 0))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    new = METHODS[config.method].model
-    model = new(config, len(tokenizer), tokenizer.pad_token_id).to(device)
+    method, device = METHODS[config.method], ranks.device()
+    model = method.model(config, len(tokenizer), tokenizer.pad_token_id).to(device)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    if config.compile:
+        for encoder in (model, teacher):
+            for part in encoder.children():
+                part.compile(dynamic=True)
+    objective: nn.Module = Objective(model, method)
+    if ranks.size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        objective = DistributedDataParallel(objective, devices)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = AdamW(
@@ -101,7 +138,7 @@ def build(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainSt
         fused=True,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    return TrainState(model, teacher, optimizer, schedule)
+    return TrainState(model, teacher, objective, optimizer, schedule)
 
 
 def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> None:
@@ -139,34 +176,64 @@ def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> N
 
 def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[str, Tensor]:
     """One optimiser step and one of the teacher; returns the loss and its terms."""
-    torch.manual_seed(derived_seed(config.seed, "step", state.step))
-    rows = step_indices(len(data.train), config.batch_size, state.step, config.seed)
-    batch = make_batch(data.train[rows], data.tokenizer, state.model.temperature.device)
-    if config.augment:
-        batch = batch._replace(pixels=crop_and_flip(batch.pixels))
-    return update(state, batch, data.tokenizer, config)
+    stream = f"step of rank {ranks.rank()}" if ranks.rank() else "step"
+    torch.manual_seed(derived_seed(config.seed, stream, state.step))
+    return update(state, step_batches(state, data, config), data.tokenizer, config)
+
+
+def step_batches(state: TrainState, data: Data, config: PretrainConfig) -> Iterator[Batch]:
+    """The batches of this process in this step; texts of all processes are cut alike."""
+    together = config.batch_size * ranks.size()
+    rows = step_indices(len(data.train), together * config.accumulate, state.step, config.seed)
+    for part in rows.split(together):
+        attended = data.train.input_ids[part] != data.tokenizer.pad_token_id
+        own = part[config.batch_size * ranks.rank() :][: config.batch_size]
+        batch = make_batch(
+            data.train[own], data.tokenizer, ranks.device(), int(attended.sum(dim=1).max())
+        )
+        if config.augment:
+            batch = batch._replace(pixels=crop_and_flip(batch.pixels))
+        yield batch
 
 
 def update(
-    state: TrainState, batch: Batch, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig
+    state: TrainState,
+    batches: Iterable[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainConfig,
 ) -> dict[str, Tensor]:
-    """`train_step` on a batch that is given."""
-    step = Step(state.model, state.teacher, batch, state.step, tokenizer, config)
-    # A young teacher follows quickly: the warm-up of TensorFlow's ExponentialMovingAverage.
-    momentum = min(config.momentum, (1 + state.step) / (10 + state.step))
+    """`train_step` on batches that are given, `config.accumulate` of them."""
+    rows: list[dict[str, Tensor]] = []
+    state.optimizer.zero_grad()
     with operators(config.operators):
-        losses = METHODS[config.method].losses(step)
-        loss = torch.stack(list(losses.values())).sum()
-        state.optimizer.zero_grad()
-        loss.backward()
+        for number, batch in enumerate(batches, 1):
+            step = Step(state.model, state.teacher, batch, state.step, tokenizer, config)
+            with _gradients_meet(state.objective, number == config.accumulate):
+                with torch.autocast(ranks.device().type, torch.bfloat16, enabled=config.bfloat16):
+                    losses = state.objective(step)
+                loss = torch.stack([term.float() for term in losses.values()]).sum()
+                (loss / config.accumulate).backward()
+            rows.append({"loss": loss.detach()} | {k: v.detach() for k, v in losses.items()})
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optimizer.step()
         state.schedule.step()
         with torch.no_grad():
             state.model.temperature.clamp_(0.001, 0.5)
+        # A young teacher follows quickly: the warm-up of TensorFlow's ExponentialMovingAverage.
+        momentum = min(config.momentum, (1 + state.step) / (10 + state.step))
         smk.ema_update_(state.teacher, state.model, momentum)
     state.step += 1
-    return {"loss": loss, **losses}
+    return {
+        name: ranks.mean(torch.stack([row[name].float() for row in rows]).mean())
+        for name in rows[0]
+    }
+
+
+def _gradients_meet(objective: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Ranks average their gradients once a step, with those of the last batch."""
+    if isinstance(objective, DistributedDataParallel) and not last:
+        return objective.no_sync()
+    return nullcontext()
 
 
 def _check_finite(loss: float, step: int, config: PretrainConfig) -> None:

@@ -15,7 +15,7 @@ from reference.batch import Batch, crop_and_flip, make_batch, step_indices
 from reference.config import MaskConfig, PretrainConfig
 from reference.data import Data, load_data
 from reference.masks import choose_masks, image_effect, random_masks, teacher_masks
-from reference.methods.parts import Similarities, choose_negatives, itc_loss, itm_loss
+from reference.methods.parts import Sides, Similarities, choose_negatives, itc_loss, itm_loss
 from reference.methods.syncmask import losses_of
 from reference.model import ModelConfig, SyncMaskModel
 from reference.model.fusion import Captured
@@ -231,7 +231,7 @@ def test_image_effect_is_zero_where_images_do_not_differ(
     def effect(batch: Batch) -> Tensor:
         image, text = encode(model, batch)
         fused = model.fuse(text, batch.attended, image)
-        return image_effect(model, image, text, batch.attended, fused)
+        return image_effect(model, image.mean(dim=0, keepdim=True), text, batch.attended, fused)
 
     assert (effect(batch) > 1e-5).all()
     same = batch._replace(pixels=batch.pixels[:1].expand_as(batch.pixels))
@@ -258,7 +258,10 @@ def test_itc_treats_all_pairs_of_an_item_as_positives() -> None:
         -(x[0, [0, 2]].mean() + x[2, [0, 2]].mean() + x[1, 1] + x[3, 3]) / 4
         for x in (image_to_text, text_to_image)
     )
-    torch.testing.assert_close(itc_loss(logits, items), expected / 2)
+    loss = itc_loss(logits, items, items) + itc_loss(logits.T, items, items)
+    torch.testing.assert_close(loss, expected)
+    some = (image_to_text[1, 1] + image_to_text[2, [0, 2]].mean()) / -2
+    torch.testing.assert_close(itc_loss(logits[1:3], items[1:3], items), some)
 
 
 @pytest.mark.parametrize("mode", ["semi_hard", "multinomial", "hardest"])
@@ -276,19 +279,17 @@ def test_itm_never_takes_the_same_item_for_a_negative(
     monkeypatch.setattr(F, "cross_entropy", spy)
     config = PretrainConfig(**SIZES, negatives=mode)
     similarity = 5 * torch.rand(10, 10)
-    similarities = Similarities(similarity, similarity.T)
+    own = torch.arange(10)
+    similarities = Similarities(similarity, similarity.T, batch.item_ids, own)
     texts, images = choose_negatives(similarities, batch.item_ids, config)
     for wrong in (texts, images):
         assert (batch.item_ids[wrong.ids] != batch.item_ids).all()
-
-    def fuse(texts: Tensor, images: Tensor) -> Tensor:
-        return model.fuse(text[texts], batch.attended[texts], image[images])
-
-    itm_loss(model.itm_head, fuse, texts, images)
+    sides = Sides(text, batch.attended, image)
+    itm_loss(model.itm_head, model.fuse, sides, texts, images, 10)
     assert labels[-1].tolist() == [1] * 10 + [0] * 20
     one_item = torch.zeros_like(batch.item_ids)
-    none = choose_negatives(similarities, one_item, config)
-    assert itm_loss(model.itm_head, fuse, *none).isfinite()
+    none = choose_negatives(similarities._replace(item_ids=one_item), one_item, config)
+    assert itm_loss(model.itm_head, model.fuse, sides, *none, 10).isfinite()
     assert labels[-1].tolist() == [1] * 10 + [-1] * 20
 
 
@@ -296,10 +297,12 @@ def test_semi_hard_negatives_are_less_similar_than_the_pair() -> None:
     similarity = torch.tensor([[5.0, 1.0, 2.0, 9.0, 3.0]]).repeat(5, 1)
     similarity.fill_diagonal_(5.0)
     config = PretrainConfig(**SIZES, negative_quantile=0.75)
-    texts, _images = choose_negatives(Similarities(similarity, similarity), torch.arange(5), config)
+    own = torch.arange(5)
+    similarities = Similarities(similarity, similarity, own, own)
+    texts, _images = choose_negatives(similarities, own, config)
     assert texts.ids[0] == 4  # of 1, 2, 3 the one of rank ceil(0.75 * 3) = 3
     config = PretrainConfig(**SIZES, negative_quantile=0.5)
-    texts, _images = choose_negatives(Similarities(similarity, similarity), torch.arange(5), config)
+    texts, _images = choose_negatives(similarities, own, config)
     assert texts.ids[0] == 2
 
 

@@ -22,7 +22,7 @@ import syncmask_kernels as smk
 from reference.batch import Batch
 from reference.config import PretrainConfig
 from reference.masks import random_masks
-from reference.methods.parts import choose_negatives, contrast, itm_loss, mim_loss, mlm_loss
+from reference.methods.parts import Sides, choose_negatives, contrast, itm_loss, mim_loss, mlm_loss
 from reference.model import SimlaModel
 from reference.model.fusion import Captured
 from reference.step import Step
@@ -40,19 +40,17 @@ def losses(step: Step[SimlaModel]) -> dict[str, Tensor]:
     itc, similarities = contrast(step, image, text)
     masks = step_masks(batch, step.config)
 
-    def fuse(texts: Tensor, images: Tensor) -> Tensor:
-        return model.read(batch.input_ids[texts], batch.attended[texts], image[images])
-
     def read(reader: SimlaModel, masked_ids: Tensor, seen: Tensor) -> Tensor:
         return reader.read(masked_ids, batch.attended, seen)
 
     def see(viewer: SimlaModel, masked: Tensor) -> Tensor:
         return viewer.see(masked, batch.input_ids, batch.attended)
 
+    sides = Sides(batch.input_ids, batch.attended, image)
     wrong = choose_negatives(similarities, batch.item_ids, step.config)
     return {
         "itc": itc,
-        "itm": itm_loss(model.itm_head, fuse, *wrong),
+        "itm": itm_loss(model.itm_head, model.read, sides, *wrong, len(similarities.item_ids)),
         "mlm": mlm_loss(step, read, image, masks),
         "mim": mim_loss(step, see, masks.patch_mask, masks.patch_ids),
         "keywords": keyword_loss(step, image),

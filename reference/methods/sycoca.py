@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import syncmask_kernels as smk
+from reference import ranks
 from reference.batch import Batch
 from reference.config import PretrainConfig
 from reference.methods.parts import contrast, mim_loss, word_head
@@ -60,7 +61,8 @@ def caption_loss(model: SyCoCaModel, batch: Batch, words: Tensor, hidden: Tensor
     told = model.describe(words, batch.attended, image)
     following = batch.input_ids[:, 1:].masked_fill(~batch.attended[:, 1:], -100)
     states, weight, bias = word_head(model, told[:, :-1])
-    return smk.masked_linear_cross_entropy(states, weight, following, bias=bias)
+    loss = smk.masked_linear_cross_entropy(states, weight, following, bias=bias)
+    return ranks.share(loss, batch.attended[:, 1:].sum())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import syncmask_kernels as smk
 from reference.masks import choose_masks
-from reference.methods.parts import choose_negatives, contrast, itm_loss, mim_loss, mlm_loss
+from reference.methods.parts import Sides, choose_negatives, contrast, itm_loss, mim_loss, mlm_loss
 from reference.model import SyncMaskModel
 from reference.step import Step
 
@@ -34,9 +34,6 @@ def losses_of(step: Step[SyncMaskModel], masks: smk.SyncMask) -> dict[str, Tenso
     text = model.encode_text(batch.input_ids, batch.attended)
     itc, similarities = contrast(step, image, text)
 
-    def fuse(texts: Tensor, images: Tensor) -> Tensor:
-        return model.fuse(text[texts], batch.attended[texts], image[images])
-
     def see(viewer: SyncMaskModel, masked: Tensor) -> Tensor:
         words = text if viewer is model else step.teacher_text
         return viewer.fuse_image(masked, words, batch.attended)
@@ -44,10 +41,11 @@ def losses_of(step: Step[SyncMaskModel], masks: smk.SyncMask) -> dict[str, Tenso
     def read(reader: SyncMaskModel, masked_ids: Tensor, seen: Tensor) -> Tensor:
         return reader.fuse(reader.encode_text(masked_ids, batch.attended), batch.attended, seen)
 
+    sides = Sides(text, batch.attended, image)
     wrong = choose_negatives(similarities, batch.item_ids, step.config)
     return {
         "itc": itc,
-        "itm": itm_loss(model.itm_head, fuse, *wrong),
+        "itm": itm_loss(model.itm_head, model.fuse, sides, *wrong, len(similarities.item_ids)),
         "mlm": mlm_loss(step, read, image, masks),
         "mim": mim_loss(step, see, masks.patch_mask, masks.patch_ids),
     }

@@ -1,0 +1,91 @@
+"""Training in two processes, and what one process does to train with more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reference import pretrain as pretraining
+from reference.checkpoint import checkpoints, load_model
+from reference.config import PretrainConfig
+from reference.pretrain import pretrain
+from reference.run_files import load_metrics
+
+# Nothing is random but what all processes draw alike.
+OPTIONS: dict[str, Any] = {
+    "image_size": 16, "patch_size": 8, "width": 16, "heads": 2, "image_layers": 1,
+    "fusion_layers": 1, "projection": 8, "items": 20, "steps": 4, "random_mask_steps": 0,
+    "mask_noise": 0.0, "mlm_mask": 1.0, "warmup_steps": 1, "log_every": 1, "eval_every": 4,
+    "save_every": 2,
+}  # fmt: skip
+
+
+def run_alone(output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    monkeypatch.setattr(pretraining, "write_report", lambda run: run)
+    pretrain(PretrainConfig(**OPTIONS | options, output=str(output)))
+
+
+def run_in_two(output: Path, **options: Any) -> None:
+    arguments = [
+        part
+        for name, value in (OPTIONS | options | {"output": output}).items()
+        for part in (f"--{name}", str(value))
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "reference.pretrain", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def losses(run: Path) -> list[list[float]]:
+    return [
+        [value for name, value in row.items() if name not in ("step", "seconds")]
+        for row in load_metrics(run)
+        if "loss" in row
+    ]
+
+
+def parameters(run: Path) -> list[torch.Tensor]:
+    model, _, _ = load_model(checkpoints(run)[-1])
+    return list(model.parameters())
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_alone(tmp_path / "one", monkeypatch, batch_size=12)
+    run_in_two(tmp_path / "two", batch_size=6)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 4
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        parameters(tmp_path / "two"), parameters(tmp_path / "one"), rtol=1e-2, atol=1e-3
+    )
+
+
+def test_two_processes_keep_equal_queues_and_resume(tmp_path: Path) -> None:
+    options = {"batch_size": 4, "queue_size": 12, "distillation": 0.4, "method": "simla"}
+    run_in_two(tmp_path / "whole", **options)
+    run_in_two(tmp_path / "cut", **options | {"keep_checkpoints": 2})
+    first, last = checkpoints(tmp_path / "cut")
+    last.rename(tmp_path / "away")
+    run_in_two(tmp_path / "cut", **options | {"resume": True})
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    model, _, _ = load_model(first, "model")
+    assert (model.queue.item_ids >= 0).all()  # 2 steps of 4 pairs of each of 2 ranks
+
+
+def test_accumulated_batches_make_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_alone(tmp_path / "run", monkeypatch, batch_size=6, accumulate=2, bfloat16=True)
+    assert torch.tensor(losses(tmp_path / "run")).isfinite().all()
+    steps = [row["step"] for row in load_metrics(tmp_path / "run") if "loss" in row]
+    assert steps == [1, 2, 3, 4]
