@@ -51,6 +51,10 @@ def _ids(count: int, positions: int) -> Callable[[torch.Generator], Tensor]:
     return lambda generator: torch.rand(BATCH, positions, generator=generator).argsort()[:, :count]
 
 
+def _items(generator: torch.Generator) -> Tensor:
+    return torch.randint(20, (64,), generator=generator)
+
+
 def _seed(generator: torch.Generator) -> Tensor:
     return torch.randint(2**32, (2,), generator=generator)
 
@@ -157,6 +161,10 @@ OPERATORS = {
     ),
     "sample_negatives": Operator(
         lambda sim, seed: smk.sample_negatives(sim, seed=seed), _all(_drawn(64, 64), _seed)
+    ),
+    "grouped_order": Operator(
+        lambda image, text, ids: smk.grouped_order(image, text, ids, window=5),
+        _all(_drawn(64, DIM), _drawn(64, DIM), _items),
     ),
     "ema_update_": Operator(_moved, _all(_drawn(WORDS, DIM), _drawn(WORDS, DIM))),
 }

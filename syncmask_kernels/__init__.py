@@ -14,6 +14,7 @@ from syncmask_kernels.attention import (
     head_average,
 )
 from syncmask_kernels.backends import BackendError, build_info, use_backend
+from syncmask_kernels.grouping import grouped_order
 from syncmask_kernels.losses import masked_linear_cross_entropy
 from syncmask_kernels.masking import (
     gather_masked,
@@ -57,6 +58,7 @@ __all__ = [
     "ema_update_",
     "enqueue_",
     "gather_masked",
+    "grouped_order",
     "head_average",
     "mask_patches",
     "mask_tokens",

@@ -203,11 +203,20 @@ def patch_calls() -> dict[str, Call]:
     return calls
 
 
+def grouping_calls() -> dict[str, Call]:
+    features = {"image_feat": drawn(64, 32), "text_feat": drawn(64, 32).flip(0)}
+    halves = {name: x.bfloat16() for name, x in features.items()}
+    return {
+        "grouped_order [64, 32]": (smk.grouped_order, features),
+        "grouped_order [64, 32] bfloat16": (smk.grouped_order, halves),
+    }
+
+
 def moved(backend: str) -> Rows:
     """What calls move, in all and by kernel, next to their inputs and outputs, moved once."""
-    calls = selection_calls()
+    calls = selection_calls() | (attention_calls() if backend == "triton" else grouping_calls())
     if backend == "triton":
-        calls |= attention_calls() | masking_calls()
+        calls |= masking_calls()
     if backend == "triton":
         calls |= patch_calls()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]

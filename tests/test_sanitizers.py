@@ -6,11 +6,12 @@ import pytest
 
 from tests.gpu_on_cpu import build
 
-# Every kernel of selection, with rows that end where the allocation ends.
+# Every kernel, with rows that end where the allocation ends.
 CUDA = """
 import torch
 import syncmask_kernels as smk
 from tests.gpu_on_cpu.cuda_launch import cuda_on_cpu
+from tests.grouping_cases import items, whole_numbers
 from tests.selection_cases import adversarial, positions
 from tests.sync_cases import assert_right, case, everything
 
@@ -24,6 +25,8 @@ with cuda_on_cpu(), smk.use_backend("cuda"):
     for words, patches, rule in CASES:
         arguments = everything(case(2, 5, words, patches, skip_keys=0, token_score=rule))
         assert_right(smk.sync_topk_mask(**arguments), arguments)
+    for size in (1, 70):
+        smk.grouped_order(*whole_numbers(size, 9), items(size, 9), window=5, mode="semi_hard")
 print("clean")
 """
 

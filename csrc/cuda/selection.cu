@@ -1,24 +1,12 @@
 // topk_mask and sync_topk_mask for CUDA tensors: one launch, and at most two.
+#include "syncmask/launch.cuh"
 #include "syncmask/selection.cuh"
 #include "syncmask/selection_scores.cuh"
-#include "syncmask/tensors.h"
-
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <vector>
-
-// The tests run these kernels on the CPU and register them there.
-#ifndef SYNCMASK_CUDA_KEY
-#define SYNCMASK_CUDA_KEY CUDA
-#endif
 
 namespace {
 
@@ -29,19 +17,6 @@ constexpr int kWarpRow = kHeld * kLanes;
 constexpr int kBlockRow = kMaxWarps * kWarpRow;
 constexpr int kRowsPerBlock = 4;
 constexpr int64_t kLongestRow = 1 << 30;
-
-// The tensor's device and its current stream, for as long as this lives.
-class Stream {
- public:
-  explicit Stream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
-  }
-  operator cudaStream_t() const { return static_cast<cudaStream_t>(stream_); }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
-};
 
 unsigned grid(int64_t blocks) {
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "too many rows for one launch: ", blocks, " blocks");
@@ -68,21 +43,6 @@ void with_team(int64_t rows, int positions, const Launch& launch) {
   } else {
     const int threads = kMaxWarps * kLanes;
     launch(Block{}, std::integral_constant<int, 0>{}, grid(rows), threads);
-  }
-}
-
-// Calls use(T{}) with the type of the elements.
-template <typename Use>
-void with_type(const char* name, const Tensor& tensor, const Use& use) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return use(float{});
-    case ScalarType::Half:
-      return use(__half{});
-    case ScalarType::BFloat16:
-      return use(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
   }
 }
 

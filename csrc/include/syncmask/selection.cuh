@@ -3,18 +3,10 @@
 
 #include <climits>
 
-#include "syncmask/count.h"
+#include "syncmask/order.h"
 #include "syncmask/warp.cuh"
 
 namespace syncmask {
-
-// Integers in the order of (NaN, -score), the larger the earlier; none is 0, which is left for
-// excluded positions. -0.0 gets the key of 0.0, and denormals stay apart.
-__device__ __forceinline__ uint32_t order_key(float score, bool largest) {
-  const uint32_t bits = __float_as_uint(score) ^ (largest ? 0u : 0x80000000u);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 1;
-  return bits > 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 // A position as it is ranked: by its key, 0 where it is excluded, then by its leader. The pieces of
 // a word all have the key of their best and the first as leader; others lead themselves.

@@ -8,7 +8,14 @@ from syncmask_kernels.backends.kernel import Kernel
 KERNELS: dict[str, Kernel] = {}
 _missing, _state = native.load("cpu")
 if _missing is None:
-    from syncmask_kernels.backends.cpu import attention, masking, negatives, patch_losses, selection
+    from syncmask_kernels.backends.cpu import (
+        attention,
+        grouping,
+        masking,
+        negatives,
+        patch_losses,
+        selection,
+    )
 
     KERNELS["head_average"] = Kernel(attention.head_average, attention.refuses)
     KERNELS["attention_map"] = Kernel(attention.attention_map, attention.refuses)
@@ -18,6 +25,7 @@ if _missing is None:
     KERNELS["sync_scores_qk"] = Kernel(selection.sync_scores_qk, selection.refuses_sync_scores_qk)
     KERNELS["max_similarity"] = Kernel(selection.max_similarity, selection.refuses_topk_mask)
     KERNELS["sample_negatives"] = Kernel(negatives.sample_negatives, attention.refuses)
+    KERNELS["grouped_order"] = Kernel(grouping.grouped_order, grouping.refuses)
     KERNELS["mask_patches"] = Kernel(masking.mask_patches, masking.refuses_sum)
     KERNELS["masked_sum"] = Kernel(masking.masked_sum, masking.refuses_sum)
     KERNELS["gather_masked"] = Kernel(masking.gather_masked, masking.refuses_move)

@@ -10,9 +10,10 @@ from syncmask_kernels.backends.kernel import Kernel
 KERNELS: dict[str, Kernel] = {}
 _missing, _state = native.load("cuda")
 if _missing is None:
-    from syncmask_kernels.backends.cuda import selection
+    from syncmask_kernels.backends.cuda import grouping, selection
 
     KERNELS["topk_mask"] = Kernel(selection.topk_mask, selection.refuses_topk_mask)
+    KERNELS["grouped_order"] = Kernel(grouping.grouped_order, grouping.refuses)
     KERNELS["sync_topk_mask"] = Kernel(selection.sync_topk_mask, selection.refuses_sync_topk_mask)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from syncmask_kernels.backends.eager import (
     attention,
+    grouping,
     losses,
     masking,
     momentum,
@@ -34,6 +35,7 @@ KERNELS = {
     "queue_contrastive_loss": Kernel(queue_losses.queue_contrastive_loss),
     "enqueue_": Kernel(queue_losses.enqueue_),
     "sample_negatives": Kernel(negatives.sample_negatives),
+    "grouped_order": Kernel(grouping.grouped_order),
     "ema_update_": Kernel(momentum.ema_update_),
 }
 
