@@ -12,6 +12,7 @@ from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, Sync
 from syncmask_kernels.backends.triton import (
     attention,
     masking,
+    patch_losses,
     queue_losses,
     scores,
     selection,
