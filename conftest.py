@@ -18,8 +18,8 @@ SHOWN_ELSEWHERE = {"git", "cd", "pip"}  # a fresh clone is CI's; tests/test_inst
 def run_shell(example: Example) -> None:
     for line in example.parsed.replace("\\\n", " ").splitlines():
         command = shlex.split(line, comments=True)
-        if command[:3] == ["python", "-m", "reference.pretrain"]:
-            check_training_options(command[3:])
+        if "reference.pretrain" in command:  # behind python or torchrun, and their options
+            check_training_options(command[command.index("reference.pretrain") + 1 :])
         elif command[:1] == ["make"]:
             call(shlex.join(["make", "--dry-run", *command[1:]]))
         elif command and command[0] not in SHOWN_ELSEWHERE:
