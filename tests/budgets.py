@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 import syncmask_kernels as smk
 from syncmask_kernels import backends
+from tests import negatives_calls
 from tests.gpu_on_cpu.build import call, nvcc_ptx
 from tests.gpu_on_cpu.cuda_launch import SOURCES, cuda_on_cpu
 from tests.gpu_on_cpu.triton_launch import TargetOnly, triton_on_cpu
@@ -219,6 +220,8 @@ def moved(backend: str) -> Rows:
         calls |= masking_calls()
     if backend == "triton":
         calls |= patch_calls()
+    if backend == "triton":
+        calls |= negatives_calls.counted()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]
     rows: Rows = {}
     with on_cpu(PTX_ARCHITECTURE) as traffic, smk.use_backend(backend):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import syncmask_kernels as smk
 from syncmask_kernels.backends import triton as backend
+from tests import negatives_calls
 from tests.accuracy import assert_as_accurate
 from tests.gpu_on_cpu import build
 
@@ -231,6 +232,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "patches-large": lambda: patches(chance(0.3, 2, 6), 32, 6, kind="smooth_l1", norm_pix=True),
     "features-f16": lambda: features(kind="cosine", reduction="none"),
 }
+CALLS |= negatives_calls.CALLS
 
 
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:

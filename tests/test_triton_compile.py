@@ -56,6 +56,8 @@ def test_compiles_without_what_rounds_or_orders_otherwise(
         "qk-bf16",
         "patches",
         "queue",
+        "negatives-everything",
+        "negatives-semi-hard",
         "similarity",
         "similarity-bf16",
     ],

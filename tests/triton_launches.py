@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from syncmask_kernels.backends import overloads
+from syncmask_kernels.backends.overloads.negatives import MODES
 from syncmask_kernels.backends.patch_losses_request import KINDS
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, SyncRequest
 from syncmask_kernels.backends.triton import (
     attention,
     masking,
+    negatives,
     patch_losses,
     queue_losses,
     scores,
@@ -134,6 +136,19 @@ def queue_launches(batch: int, queue: int, everything: bool) -> list[Launch]:
     return queue_losses.slope_launches(logits, own_ids, *options)[1]
 
 
+def negatives_launches(
+    shape: tuple[int, int], dtype: torch.dtype, mode: str, everything: bool = False
+) -> list[Launch]:
+    one, other = (torch.empty(n, dtype=torch.int64) for n in shape)
+    bars: list[Any] = [one, torch.empty(shape, dtype=torch.bool), one, other]
+    seed = torch.empty(2, dtype=torch.int64) if mode == "multinomial" else None
+    return negatives.negatives_launches(
+        torch.empty(shape, dtype=dtype),
+        *(bars if everything else [None] * 4),
+        *(MODES.index(mode), 0.1, 1, 3, seed, None),
+    )[1]
+
+
 FP32, BF16 = torch.float32, torch.bfloat16
 USUAL, ODD, LARGE = (64, 12, 30, 257, 64), (37, 7, 23, 198, 40), (8, 12, 128, 1025, 128)
 CASES = {
@@ -163,4 +178,12 @@ CASES = {
     "patches": lambda: patch_launches(16, FP32, "mse"),
     "patches-ids-bf16": lambda: patch_launches(16, BF16, "cosine", by_ids=True),
     "patches-large-bf16": lambda: patch_launches(32, BF16, "smooth_l1"),
+    "negatives": lambda: negatives_launches((64, 64), FP32, "multinomial"),
+    "negatives-everything": lambda: negatives_launches(
+        (256, 2048), FP32, "multinomial", everything=True
+    ),
+    "negatives-hardest-bf16": lambda: negatives_launches((37, 523), BF16, "hardest"),
+    "negatives-semi-hard": lambda: negatives_launches(
+        (256, 65536), FP32, "semi_hard", everything=True
+    ),
 }

@@ -107,6 +107,7 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
     "sync_topk_mask": _refuses_sync_topk_mask,
     "sync_scores_qk": _refuses_sync_scores_qk,
     "max_similarity": _refuses_products,
+    "sample_negatives": _refuses_type,
     "queue_contrastive_loss": _refuses_keys,
     "masked_patch_loss": _refuses_patch_loss,
     "masked_patch_loss_backward": _refuses_patch_loss,

@@ -11,6 +11,7 @@ from syncmask_kernels.backends.triton.masking import (
     masked_sum,
     scatter_masked,
 )
+from syncmask_kernels.backends.triton.negatives import sample_negatives
 from syncmask_kernels.backends.triton.patch_losses import (
     masked_patch_loss,
     masked_patch_loss_backward,
@@ -30,6 +31,7 @@ __all__ = [
     "masked_sum",
     "max_similarity",
     "queue_contrastive_loss",
+    "sample_negatives",
     "scatter_masked",
     "sync_scores_qk",
     "sync_topk_mask",
