@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 import syncmask_kernels as smk
 from syncmask_kernels import backends
 from tests import negatives_calls
+from tests.cross_entropy_calls import cross_entropy
 from tests.gpu_on_cpu.build import call, nvcc_ptx
 from tests.gpu_on_cpu.cuda_launch import SOURCES, cuda_on_cpu
 from tests.gpu_on_cpu.triton_launch import TargetOnly, triton_on_cpu
@@ -213,13 +214,24 @@ def grouping_calls() -> dict[str, Call]:
     }
 
 
+def loss_calls() -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, " bfloat16")):
+        shape = f"[96, 64] x [1000, 64]{suffix}"
+        for form, gathered in (("ids", True), ("streamed", False)):
+            calls[f"masked_linear_cross_entropy {shape}, {form}"] = cross_entropy(
+                96, 64, 1000, dtype, gathered=gathered, times=1.0
+            )
+    return calls
+
+
 def moved(backend: str) -> Rows:
     """What calls move, in all and by kernel, next to their inputs and outputs, moved once."""
     calls = selection_calls() | (attention_calls() if backend == "triton" else grouping_calls())
     if backend == "triton":
         calls |= masking_calls()
     if backend == "triton":
-        calls |= patch_calls()
+        calls |= patch_calls() | loss_calls()
     if backend == "triton":
         calls |= negatives_calls.counted()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]

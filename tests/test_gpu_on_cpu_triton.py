@@ -13,6 +13,7 @@ import syncmask_kernels as smk
 from syncmask_kernels.backends import triton as backend
 from tests import negatives_calls
 from tests.accuracy import assert_as_accurate
+from tests.cross_entropy_calls import cross_entropy
 from tests.gpu_on_cpu import build
 
 triton = pytest.importorskip("triton")
@@ -220,6 +221,15 @@ CALLS: dict[str, Callable[[], Call]] = {
         item_ids=items(6),
         queue_ids=items(300, 21),
     ),
+    "rows": lambda: cross_entropy(42, 40, 97, gathered=True, smoothing=0.1),
+    "rows-soft": lambda: cross_entropy(30, 8, 4200, gathered=True, teacher="soft"),
+    "rows-f16": lambda: cross_entropy(42, 40, 97, torch.float16, gathered=True, teacher="head"),
+    "rows-mixed": lambda: cross_entropy(
+        42, 40, 97, torch.bfloat16, torch.float32, gathered=True, teacher="head", smoothing=0.1
+    ),
+    "stream": lambda: cross_entropy(110, 24, 300, smoothing=0.1),
+    "stream-soft": lambda: cross_entropy(42, 24, 97, teacher="soft"),
+    "stream-bf16": lambda: cross_entropy(200, 40, 300, torch.bfloat16, teacher="head"),
     "similarity": lambda: similarity(2, 70, 40, 40),
     "similarity-bf16": lambda: similarity(2, 30, 70, 130, dtype=torch.bfloat16),
     "patches": lambda: patches(chance(0.5, 2, 6), 5, 6),

@@ -12,6 +12,8 @@ from syncmask_kernels.backends.patch_losses_request import KINDS
 from syncmask_kernels.backends.request import TOKEN_SCORES, Count, Scoring, SyncRequest
 from syncmask_kernels.backends.triton import (
     attention,
+    losses_rows,
+    losses_streamed,
     masking,
     negatives,
     patch_losses,
@@ -149,7 +151,37 @@ def negatives_launches(
     )[1]
 
 
+def row_launches(
+    shape: tuple[int, int], dtype: torch.dtype, smoothing: float = 0.0, teacher: str = ""
+) -> list[Launch]:
+    logits, ids = torch.empty(shape, dtype=dtype), torch.empty(shape[0], dtype=torch.int64)
+    logits_t = logits if teacher == "head" else None
+    soft = torch.empty(shape) if teacher == "soft" else None
+    sums, one = torch.empty(shape[0]), torch.empty(())
+    return [
+        losses_rows.row_launch(logits, logits_t, soft, ids, ids, sums, one, sums, smoothing),
+        losses_rows.scale_launch(logits, one),
+    ]
+
+
+def stream_launches(
+    shape: tuple[int, int], dtype: torch.dtype, smoothing: float = 0.0, teacher: str = ""
+) -> list[Launch]:
+    rows, count = torch.empty(1920, dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    hidden, weight = torch.empty(1920, shape[1], dtype=dtype), torch.empty(shape, dtype=dtype)
+    bias = torch.empty(shape[0], dtype=dtype)
+    soft = torch.empty(1920, shape[0]) if teacher == "soft" else None
+    head_t = (hidden, weight, bias) if teacher == "head" else (None, None, None)
+    call = losses_streamed.Rows(
+        hidden, weight, bias, rows, rows, soft, *head_t, torch.empty(()), smoothing
+    )
+    sums, launch = losses_streamed.stream_launch(call, count)
+    back = losses_streamed.gradient_launches(call, count, sums[:5, 0], sums[0, 0], [True] * 3)[1]
+    return [launch, *back[:3]]
+
+
 FP32, BF16 = torch.float32, torch.bfloat16
+WORDS = (30_522, 768)
 USUAL, ODD, LARGE = (64, 12, 30, 257, 64), (37, 7, 23, 198, 40), (8, 12, 128, 1025, 128)
 CASES = {
     "default": lambda: sync_launches((64, 12, 30, 257), FP32),
@@ -186,4 +218,10 @@ CASES = {
     "negatives-semi-hard": lambda: negatives_launches(
         (256, 65536), FP32, "semi_hard", everything=True
     ),
+    "rows": lambda: row_launches((288, WORDS[0]), FP32),
+    "rows-soft": lambda: row_launches((288, WORDS[0]), FP32, 0.1, "soft"),
+    "rows-teacher-bf16": lambda: row_launches((288, WORDS[0]), BF16, 0.1, "head"),
+    "stream": lambda: stream_launches(WORDS, FP32),
+    "stream-soft-bf16": lambda: stream_launches(WORDS, BF16, 0.1, "soft"),
+    "stream-teacher-bf16": lambda: stream_launches(WORDS, BF16, 0.0, "head"),
 }

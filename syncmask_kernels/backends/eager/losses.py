@@ -28,12 +28,6 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return wide
 
 
-def _reduce(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """losses, 0 where not `counted` -> the mean over what is counted (0 of nothing), or the sum."""
-    total = losses.sum()
-    return total if reduction == "sum" else total / counted.sum().clamp(min=1)
-
-
 def _logits(head: Head, rows: Tensor, keep: Tensor) -> Tensor:
     """[K, V] of rows [K]: the product in the type of `hidden` or of autocast, at least float32.
 
@@ -96,31 +90,39 @@ def _known_rows_loss(rows: Tensor, student: Head, targets: Targets, reduction: s
     return losses_known_rows.summed_loss(student, targets, rows, scale, plain)
 
 
+def labelled_rows(targets: Targets, ids: Tensor | None, capacity: int | None) -> Tensor | None:
+    """Labelled rows, -1 for none: those of `ids`, or as many as fit; None: any number of them."""
+    labelled = targets.labels != targets.ignore_index
+    if labelled.shape[0] == 0:
+        return targets.labels
+    if ids is not None:
+        return torch.where(labelled.index_select(0, ids.clamp(min=0)), ids, -1)
+    if capacity is not None:
+        room = max(capacity, 1)  # one row, even if none fits, has gradients to make NaN
+        return ids_of(labelled & (labelled.cumsum(dim=0) <= room), room)
+    return None
+
+
 def masked_linear_cross_entropy(
     student: Head, targets: Targets, ids: Tensor | None, capacity: int | None, reduction: str
 ) -> Tensor:
     """The loss over the labelled rows, or over those of them that `ids` [K] (-1: none) names."""
     labels = targets.labels
     labelled = labels != targets.ignore_index
-    counted = labelled
-    if labels.shape[0] == 0:
-        ids = labels
-    elif ids is not None:
-        counted = labelled.index_select(0, ids.clamp(min=0)) & (ids >= 0)
-        if _host_counts(labels):
-            ids = ids[counted]
-    elif _host_counts(labels):
-        ids = labelled.nonzero().squeeze(1)
-    elif capacity is not None:
-        ids = ids_of(labelled & (labelled.cumsum(dim=0) <= capacity), capacity)
+    ids = labelled_rows(targets, ids, capacity)
+    if _host_counts(labels):
+        ids = labelled.nonzero().squeeze(1) if ids is None else ids[ids >= 0]
     if ids is not None and _host_knows(ids, student, targets, reduction):
         losses = _known_rows_loss(ids, student, targets, reduction)
     else:
         losses = _streamed(student, targets) if ids is None else _losses_at(ids, student, targets)
-        if reduction != "none":
-            losses = _reduce(losses, counted, reduction)
-        elif ids is not None:
-            losses = losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
+        if reduction == "none":
+            if ids is not None:
+                losses = losses.new_zeros(labels.shape[0]).index_add(0, ids.clamp(min=0), losses)
+        else:
+            losses = losses.sum()
+        if reduction == "mean":
+            losses = losses / (labelled if ids is None else ids >= 0).sum().clamp(min=1)
     if capacity is not None:
         # A factor, not a where(): the gradients of rows that did not fit must not pass for zero.
         losses = losses * torch.where(labelled.sum() > capacity, float("nan"), 1.0)

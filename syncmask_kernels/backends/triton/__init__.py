@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from syncmask_kernels.backends.kernel import Kernel
+from syncmask_kernels.backends.loss_request import Head, Targets
 from syncmask_kernels.backends.overloads.masking import refuses_move, refuses_sum
 from syncmask_kernels.backends.patch_losses_request import PatchLoss
 from syncmask_kernels.backends.queue_losses_request import Keys
@@ -90,6 +91,12 @@ def _refuses_patch_loss(pred: Tensor, target: Tensor, loss: PatchLoss) -> str | 
     return _refuses_type(pred) or _refuses_type(target)
 
 
+def _refuses_linear_cross_entropy(student: Head, targets: Targets) -> str | None:
+    heads = [*student, *(targets.teacher or ())]
+    reasons = [_refuses_products(tensor) for tensor in heads if tensor is not None]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def _kernel(op: str, refuses: Callable[..., str | None]) -> Kernel:
     def run(*call: Any) -> Any:
         from syncmask_kernels.backends.triton import operators
@@ -107,6 +114,7 @@ _REFUSALS: dict[str, Callable[..., str | None]] = {
     "sync_topk_mask": _refuses_sync_topk_mask,
     "sync_scores_qk": _refuses_sync_scores_qk,
     "max_similarity": _refuses_products,
+    "masked_linear_cross_entropy": _refuses_linear_cross_entropy,
     "sample_negatives": _refuses_type,
     "queue_contrastive_loss": _refuses_keys,
     "masked_patch_loss": _refuses_patch_loss,

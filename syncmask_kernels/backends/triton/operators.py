@@ -5,6 +5,7 @@ from syncmask_kernels.backends.triton.attention import (
     attention_with_map,
     head_average,
 )
+from syncmask_kernels.backends.triton.losses import masked_linear_cross_entropy
 from syncmask_kernels.backends.triton.masking import (
     gather_masked,
     mask_patches,
@@ -26,6 +27,7 @@ __all__ = [
     "gather_masked",
     "head_average",
     "mask_patches",
+    "masked_linear_cross_entropy",
     "masked_patch_loss",
     "masked_patch_loss_backward",
     "masked_sum",
