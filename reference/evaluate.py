@@ -1,37 +1,46 @@
-"""What a trained model can do: retrieval, and how well its masks find what image and text share.
+"""What a trained model can do, and how well its masks find what image and text share.
 
-``python -m reference.evaluate RUN`` prints it for the last checkpoint of a run.
+``python -m reference.evaluate RUN [--task retrieval recognition text_guided]`` evaluates the last
+checkpoint of a run on the tasks of `reference.downstream`, adds the figures to its
+``evaluation.json`` and to its report, and prints them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from math import comb
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 from reference.batch import derived_seed, make_batch
 from reference.checkpoint import checkpoints, load_model
 from reference.config import PretrainConfig
 from reference.data import PairDataset, Truth
+from reference.downstream.config import DownstreamConfig
+from reference.downstream.features import Encodings
+from reference.downstream.retrieval import full
+from reference.downstream.tasks import run_tasks
 from reference.masks import random_like
 from reference.methods import METHODS
 from reference.model import DualEncoder
-from reference.run_files import Evaluation, MaskQuality, Recalls, Retrieval
+from reference.report import write_report
+from reference.run_files import (
+    EVALUATION,
+    EXAMPLES,
+    ChangeExamples,
+    Evaluation,
+    MaskQuality,
+    Retrieval,
+    load_json,
+    save_json,
+)
 
 CHUNK = 256
 RANDOM_DRAWS = 20
-
-
-class MaskFigures(MaskQuality, total=False):
-    """`MaskQuality`, and ``word_auc``: how often, within a caption, a visible attribute word scores
-    above an invisible one."""
-
-    word_auc: float
 
 
 class Encoded(NamedTuple):
@@ -99,50 +108,16 @@ def _pad(x: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, length - x.shape[-1]))
 
 
-def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Ids ``[Q, k]`` of the most similar candidates, best first."""
-    return (queries @ candidates.T).topk(min(k, len(candidates)), dim=1).indices
-
-
 def retrieval(encoded: Encoded, dataset: PairDataset) -> Retrieval:
-    """Recall both ways by cosine similarity, without re-ranking by the fusion encoder.
-
-    Every image and the text of every pair is a query and a candidate; a hit is any candidate of the
-    query's item.
-    """
-    items = dataset.item_ids
-    images, texts = encoded.image_features, encoded.text_features
-    chance = _chance(items, items)
-    return {
-        "i2t": _recalls(nearest(images, texts, 10), items, items),
-        "t2i": _recalls(nearest(texts, images, 10), items, items),
-        "chance": {"i2t": chance, "t2i": chance},
-        "n_images": len(items),
-        "n_texts": len(items),
-    }
+    """Recall both ways; see `reference.downstream.retrieval.full`."""
+    return full(encoded.image_features, encoded.text_features, dataset.item_ids)
 
 
-def _recalls(ranked: Tensor, query_items: Tensor, candidate_items: Tensor) -> Recalls:
-    hits = candidate_items[ranked] == query_items[:, None]
-    r1, r5, r10 = (hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5, 10))
-    return {"r1": r1, "r5": r5, "r10": r10}
-
-
-def _chance(query_items: Tensor, candidate_items: Tensor) -> Recalls:
-    """Expected recall of a random ranking: one minus the chance that k draws miss all positives."""
-    n = len(candidate_items)
-    positives = (query_items[:, None] == candidate_items).sum(dim=1).tolist()
-    r1, r5, r10 = (
-        sum(1 - comb(n - p, k) / comb(n, k) for p in positives) / len(positives)
-        for k in (min(k, n) for k in (1, 5, 10))
-    )
-    return {"r1": r1, "r5": r5, "r10": r10}
-
-
-def mask_figures(encoded: Encoded, truth: Truth) -> MaskFigures:
+def mask_figures(encoded: Encoded, truth: Truth) -> MaskQuality:
     """The masks of the teacher against the truth, each figure beside random masks' of equal size.
 
-    A masked patch counts as described when described, visible parts fill over a quarter of it.
+    Of masked words, none where the method masks none. A masked patch counts as described when
+    described, visible parts fill over a quarter of it.
     """
     visible, attribute = truth.word_visible == 1, truth.word_visible >= 0
     described = truth.patch_described > 0.25
@@ -160,15 +135,17 @@ def mask_figures(encoded: Encoded, truth: Truth) -> MaskFigures:
     patches, tokens = encoded.patch_mask, encoded.token_mask
     random_patches = encoded.random_patch_mask.transpose(0, 1)
     random_tokens = encoded.random_token_mask.transpose(0, 1)
-    return {
-        "words_visible": share(tokens, visible, attribute),
-        "words_visible_random": share(random_tokens, visible, attribute),
+    figures: MaskQuality = {
         "patches_described": share(patches, described, everywhere),
         "patches_described_random": share(random_patches, described, everywhere),
         "details_covered": covered(patches),
         "details_covered_random": covered(random_patches),
         "word_auc": word_auc(encoded.token_scores, truth.word_visible),
     }
+    if tokens.any():
+        figures["words_visible"] = share(tokens, visible, attribute)
+        figures["words_visible_random"] = share(random_tokens, visible, attribute)
+    return figures
 
 
 def word_auc(scores: Tensor, word_visible: Tensor) -> float:
@@ -182,20 +159,51 @@ def word_auc(scores: Tensor, word_visible: Tensor) -> float:
     return float((wins.sum(dim=(1, 2))[both] / count[both]).mean())
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument(
-        "--weights", choices=("teacher", "model"), default="teacher", help="whose weights"
-    )
-    arguments = parser.parse_args()
-    saved = checkpoints(arguments.run)
+def evaluate_run(run: Path, options: DownstreamConfig) -> Evaluation:
+    """Evaluate the last checkpoint of a run; keep the teacher's results and write the report anew.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    saved = checkpoints(run)
     if not saved:
-        raise SystemExit(f"error: {arguments.run} holds no checkpoint")
-    model, config, tokenizer = load_model(saved[-1], arguments.weights)
-    evaluation, _ = evaluate(model, config.load_data(tokenizer).val, tokenizer, config)
+        raise FileNotFoundError(f"{run} holds no checkpoint")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, config, tokenizer = load_model(saved[-1], options.weights, device)
+    data = config.load_data(tokenizer)
+    found, shown = run_tasks(Encodings(model, data), options.layout(config.data), options)
+    if "retrieval" in options.task:
+        found.update(evaluate(model, data.val, tokenizer, config)[0])
+    if options.weights == "teacher":
+        _keep(run, found, shown)
+    return found
+
+
+def _keep(run: Path, found: Evaluation, shown: ChangeExamples | None) -> None:
+    path = run / EVALUATION
+    before: Evaluation = load_json(path) if path.exists() else {}
+    skipped = before.get("skipped", {}) | found["skipped"]
+    after: Evaluation = {**before, **found}
+    after["skipped"] = {task: why for task, why in skipped.items() if task not in found}
+    save_json(path, after)
+    if shown is not None:
+        shown.save(run)
+    if (run / f"{EXAMPLES}.json").exists():
+        write_report(run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = HfArgumentParser(DownstreamConfig, description=__doc__)  # type: ignore[arg-type]
+    parser.add_argument("run", type=Path, help="Folder of a run.")
+    options, positional = parser.parse_args_into_dataclasses(arguments)
+    try:
+        evaluation = evaluate_run(positional.run, options)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
     print(json.dumps(evaluation, indent=2))
+    for task, why in evaluation["skipped"].items():
+        print(f"skipped {task}: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from reference.data import PairDataset
-from reference.evaluate import Encoded, nearest
+from reference.downstream.recall import nearest
+from reference.evaluate import Encoded
 from reference.run_files import Examples
 
 

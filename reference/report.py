@@ -10,6 +10,7 @@ import argparse
 import base64
 import io
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from reference.report_pictures import CHIPS, VIEWS, gallery_sheet, mask_sheet, p
 from reference.run_files import (
     CONFIG,
     EVALUATION,
+    ChangeExamples,
     Evaluation,
     Examples,
     atomic_path,
@@ -30,6 +32,41 @@ from reference.run_files import (
 )
 
 _THUMBNAIL = 160
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What the page says of a way to pretrain."""
+
+    name: str
+    lead: str
+    word: str
+    """what a chosen word is"""
+
+
+_METHODS = {
+    "syncmask": _Method(
+        "SyncMask",
+        "A momentum teacher's cross-attention picks the words and the image patches that both "
+        "modalities share; these are masked, and the model learns to restore them from the other "
+        "modality. This is a reconstruction of the method: every number here is this run's own.",
+        "masked word",
+    ),
+    "sycoca": _Method(
+        "SyCoCa",
+        "The patches most like the text are rebuilt from it, and the caption is told with the "
+        "patches least like it hidden. This is a small version of the method: every number here "
+        "is this run's own.",
+        "masked word",
+    ),
+    "simla": _Method(
+        "SIMLA",
+        "One stack of layers restores masked words from the image and masked patches from the "
+        "text, and the image alone must tell the keywords, which the teacher's attention votes "
+        "for. This is a small version of the method: every number here is this run's own.",
+        "keyword",
+    ),
+}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -41,16 +78,21 @@ def write_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     evaluation: Evaluation = load_json(run_dir / EVALUATION)
     examples, metrics = Examples.load(run_dir), load_metrics(run_dir)
+    config = load_json(run_dir / CONFIG)
+    method = _METHODS[config.get("method", "syncmask")]
+    changes = ChangeExamples.load(run_dir) if "text_guided" in evaluation else None
     curves = loss_curves(metrics)
-    _save_png(mask_sheet(examples), run_dir / "masks.png")
+    _save_png(mask_sheet(examples, word=method.word), run_dir / "masks.png")
     _save_png(gallery_sheet(examples), run_dir / "gallery.png")
     with atomic_path(run_dir / "losses.png") as temporary:
         temporary.write_bytes(curves)
     page = _environment().get_template("report.html.j2").render(
-        config=load_json(run_dir / CONFIG),
+        config=config,
+        method=method,
         evaluation=evaluation,
         last=next((row for row in reversed(metrics) if "seconds" in row), None),
         chips={kind: "rgb({}, {}, {})".format(*colour) for kind, colour in CHIPS.items()},
+        words_chosen=bool(examples.token_mask.any()),
         truth_known=bool((examples.token_visible >= 0).any()),
         pairs=[_pair(examples, i) for i in range(len(examples.image))],
         curves=_uri(curves, "png"),
@@ -66,6 +108,15 @@ def write_report(run_dir: str | Path) -> Path:
             {"image": _thumbnail(image), "answers": _answers(captions, hits)}
             for image, captions, hits in zip(
                 examples.query_images, examples.query_captions, examples.query_hits, strict=True
+            )
+        ],
+        changes=[] if changes is None else [
+            {
+                "image": _thumbnail(image), "words": words,
+                "answers": _answers(map(_thumbnail, answers), hits),
+            }
+            for image, words, answers, hits in zip(
+                changes.references, changes.words, changes.answers, changes.hits, strict=True
             )
         ],
     )  # fmt: skip

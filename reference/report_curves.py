@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-_LOSSES = {
+_TITLES = {
     "loss": "Total loss",
     "itc": "ITC: image-text contrast",
     "itm": "ITM: matching",
     "mlm": "MLM: masked words",
     "mim": "MIM: masked patches",
+    "caption": "Captioning: next word",
+    "keywords": "Keywords, from the image",
 }
 _LINE, _SECOND = "#5460c8", "#e20074"
 
@@ -29,15 +31,16 @@ def loss_curves(metrics: Sequence[dict[str, Any]], *, dark: bool = False) -> byt
     paper, ink = ("#171a21", "#c6cad4") if dark else ("#ffffff", "#3c404b")
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14, wspace=0.04, hspace=0.06)
     figure = Figure(figsize=(11.4, 5.6), dpi=150, facecolor=paper, layout=layout)
-    axes = figure.subplots(2, 3).ravel()
-    for axis, (name, title) in zip(axes, _LOSSES.items(), strict=False):
-        _style(axis, title, paper, ink)
-        points = [(row["step"], row[name]) for row in logged if name in row]
-        if points:
-            steps, values = np.array(points).T
-            axis.plot(steps, values, color=_LINE, alpha=0.28, linewidth=1)
-            axis.plot(steps, _smooth(values), color=_LINE, linewidth=2)
-    _recalls(axes[-1], evaluated, paper, ink)
+    names = [name for name in logged[0] if name in _TITLES] if logged else []
+    axes = figure.subplots(2, max(1, -(-(len(names) + 1) // 2))).ravel()
+    for axis, name in zip(axes, names, strict=False):
+        _style(axis, _TITLES[name], paper, ink)
+        steps, values = np.array([(row["step"], row[name]) for row in logged]).T
+        axis.plot(steps, values, color=_LINE, alpha=0.28, linewidth=1)
+        axis.plot(steps, _smooth(values), color=_LINE, linewidth=2)
+    _recalls(axes[len(names)], evaluated, paper, ink)
+    for axis in axes[len(names) + 1 :]:
+        axis.set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor=paper, metadata={"Software": None})
     return file.getvalue()

@@ -139,15 +139,20 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 _GAP, _MARGIN, _LINE = 12, 36, 34
 
 
-def mask_sheet(examples: Examples, *, pairs: int = 6, columns: int = 2) -> Image.Image:
-    """A picture of the first pairs: their views, and their captions with chosen words marked."""
+def mask_sheet(
+    examples: Examples, *, pairs: int = 6, columns: int = 2, word: str = "masked word"
+) -> Image.Image:
+    """A picture of the first pairs: their views, and their captions with chosen words marked.
+
+    `word` is what a chosen word is called.
+    """
     count = min(pairs, len(examples.image))
     width = len(VIEWS) * (_SIDE + _GAP) - _GAP
     captions = [_set_words(words_of(examples, i), width) for i in range(count)]
     lines = max((text.height for text in captions), default=0)
     height, top = _SIDE + lines + 2 * _GAP, _MARGIN + _LINE
     sheet_width = columns * (width + _MARGIN) + _MARGIN
-    legend = _set_words(_legend(examples), sheet_width - 2 * _MARGIN, size=17)
+    legend = _set_words(_legend(examples, word), sheet_width - 2 * _MARGIN, size=17)
     foot = top + -(-count // columns) * height + _GAP
     sheet = Image.new("RGB", (sheet_width, foot + legend.height + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
@@ -164,13 +169,15 @@ def mask_sheet(examples: Examples, *, pairs: int = 6, columns: int = 2) -> Image
     return sheet
 
 
-def _legend(examples: Examples) -> list[Word]:
+def _legend(examples: Examples, word: str) -> list[Word]:
+    if not examples.token_mask.any():
+        return []
     if not (examples.token_visible >= 0).any():
-        return [Word("masked word", "masked")]
+        return [Word(word, "masked")]
     return [
-        Word("masked, visible in this view", "seen"),
-        Word("masked, not visible in this view", "unseen"),
-        Word("masked, names nothing an image can show", "masked"),
+        Word(f"{word}, visible in this view", "seen"),
+        Word(f"{word}, not visible in this view", "unseen"),
+        Word(f"{word}, names nothing an image can show", "masked"),
     ]
 
 

@@ -7,9 +7,11 @@ A run is a folder:
 ``metrics.jsonl``           one object a line: a logged step ``{"step", "loss", "itc", "itm",
                             "mlm", "mim", "seconds", ...}`` (``seconds``: since the start of
                             training) or an evaluation ``{"step", "eval": Evaluation}``
-``evaluation.json``         the final `Evaluation`
+``evaluation.json``         the final `Evaluation`; ``reference.evaluate`` adds to it
 ``examples.safetensors``,   the tensors and the texts of an `Examples`
 ``examples.json``
+``changes.safetensors``,    the same of a `ChangeExamples`, where text-guided retrieval was
+``changes.json``            evaluated
 ==========================  ======================================================================
 
 Whole files are written atomically: a reader sees the old content or the new one, whatever kills
@@ -22,9 +24,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
@@ -34,6 +36,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 EXAMPLES = "examples"
+CHANGES = "changes"
 
 
 class Recalls(TypedDict):
@@ -65,8 +68,11 @@ class MaskQuality(TypedDict, total=False):
     """How good the masks are where the truth is known; ``_random``: random masks of equal size.
 
     - ``words_visible``: share of the masked attribute words that are visible in their view.
-    - ``patches_described``: share of the masked patches that lie on described, visible parts.
+    - ``patches_described``: share of the masked patches more than a quarter of which lies on
+      described, visible parts.
     - ``details_covered``: share of the area of small described details that the mask covers.
+    - ``word_auc``: how often, within a caption, a visible attribute word scores above an invisible
+      one; 0.5 by chance.
     """
 
     words_visible: float
@@ -75,13 +81,64 @@ class MaskQuality(TypedDict, total=False):
     patches_described_random: float
     details_covered: float
     details_covered_random: float
+    word_auc: float
+
+
+class OneInFew(TypedDict):
+    """Retrieval of one right candidate among ``candidates``; see `reference.downstream`."""
+
+    i2t: Recalls
+    t2i: Recalls
+    chance: Chance
+    queries: int
+    candidates: int
+    same_subcategory: float
+    """share of the wrong candidates that share the query's subcategory"""
+
+
+class RecognitionScores(TypedDict):
+    """Accuracy, and the F score averaged over classes."""
+
+    accuracy: float
+    macro_f: float
+
+
+class LabelRecognition(TypedDict):
+    """Linear probes of a frozen model, by their input, and guesses."""
+
+    probes: dict[str, RecognitionScores]
+    chance: dict[str, RecognitionScores]
+    classes: int
+    """known to training"""
+    unseen: int
+    """validation images of other classes"""
+
+
+class TextGuided(TypedDict):
+    """Recall at 1, 5, 10 and 50 of images that differ from a reference as words say."""
+
+    recalls: dict[str, dict[str, float]]
+    """by method"""
+    chance: dict[str, float]
+    changed: list[str]
+    """attributes that change"""
+    queries: int
+    candidates: int
 
 
 class Evaluation(TypedDict, total=False):
-    """``retrieval`` always; ``masks`` only where the data carries a truth (the catalogue)."""
+    """``retrieval`` always; ``masks`` only where the data carries a truth (the catalogue).
+
+    The others by ``python -m reference.evaluate``; ``skipped`` says why a task was not evaluated.
+    """
 
     retrieval: Retrieval
     masks: MaskQuality
+    one_in_few: OneInFew
+    recognition: dict[str, LabelRecognition]
+    """by what is recognised"""
+    text_guided: TextGuided
+    skipped: dict[str, str]
 
 
 @contextmanager
@@ -149,8 +206,36 @@ def keep_metrics(run_dir: str | Path, last_step: int) -> None:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+_Stored = TypeVar("_Stored", bound="Stored")
+
+
+class Stored:
+    """A data class of tensors and texts: ``<stem>.safetensors`` and ``<stem>.json`` of a run."""
+
+    stem: ClassVar[str]
+
+    def save(self, run_dir: str | Path) -> None:
+        """Write both files into `run_dir`."""
+        values = vars(self)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if _is_tensor(v)}
+        with atomic_path(Path(run_dir) / f"{self.stem}.safetensors") as temporary:
+            temporary.write_bytes(save(tensors))
+        texts = {k: v for k, v in values.items() if not _is_tensor(v)}
+        save_json(Path(run_dir) / f"{self.stem}.json", texts)
+
+    @classmethod
+    def load(cls: type[_Stored], run_dir: str | Path) -> _Stored:
+        """Read what `save` wrote."""
+        values: dict[str, Any] = dict(load_file(Path(run_dir) / f"{cls.stem}.safetensors"))
+        return cls(**values, **load_json(Path(run_dir) / f"{cls.stem}.json"))
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 @dataclass
-class Examples:
+class Examples(Stored):
     """Validation pairs with their masks, and retrieved neighbours: what the report shows.
 
     `n` pairs, `q` text queries, `m` image queries; `P` patches in row-major order, `T` tokens,
@@ -185,6 +270,8 @@ class Examples:
     query_captions: list[list[str]]
     """the first three captions for each image query"""
 
+    stem = EXAMPLES
+
     def __post_init__(self) -> None:
         n, q, m = len(self.image), len(self.gallery_images), len(self.query_images)
         leading = {
@@ -199,21 +286,18 @@ class Examples:
                     f"{name} has {len(getattr(self, name))} entries, its group has {size}"
                 )
 
-    def save(self, run_dir: str | Path) -> None:
-        """Write ``examples.safetensors`` and ``examples.json`` into `run_dir`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in values.items() if _is_tensor(v)}
-        with atomic_path(Path(run_dir) / f"{EXAMPLES}.safetensors") as temporary:
-            temporary.write_bytes(save(tensors))
-        texts = {k: v for k, v in values.items() if not _is_tensor(v)}
-        save_json(Path(run_dir) / f"{EXAMPLES}.json", texts)
 
-    @classmethod
-    def load(cls, run_dir: str | Path) -> Examples:
-        """Read what `save` wrote."""
-        values: dict[str, Any] = dict(load_file(Path(run_dir) / f"{EXAMPLES}.safetensors"))
-        return cls(**values, **load_json(Path(run_dir) / f"{EXAMPLES}.json"))
+@dataclass
+class ChangeExamples(Stored):
+    """Text-guided queries and what a model answers: what the report shows of them."""
 
+    references: Tensor
+    """uint8 [n, 3, S, S]"""
+    answers: Tensor
+    """uint8 [n, 5, 3, S, S]: the first images for each query"""
+    hits: Tensor
+    """bool [n, 5]"""
+    words: list[str]
+    """what is to change"""
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
+    stem = CHANGES

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reference import report
+from reference import report, report_curves
 from reference.report_curves import loss_curves
 from reference.report_pictures import (
     OUTLINE,
@@ -24,6 +24,7 @@ from reference.run_files import (
     CONFIG,
     EVALUATION,
     METRICS,
+    ChangeExamples,
     Examples,
     append_metrics,
     atomic_path,
@@ -42,7 +43,30 @@ RETRIEVAL = {
 MASKS = {
     "words_visible": 0.711, "words_visible_random": 0.661,
     "patches_described": 0.722, "patches_described_random": 0.402,
-    "details_covered": 0.613, "details_covered_random": 0.253,
+    "details_covered": 0.613, "details_covered_random": 0.253, "word_auc": 0.803,
+}  # fmt: skip
+DOWNSTREAM = {
+    "one_in_few": {
+        "i2t": RECALLS, "t2i": {**RECALLS, "r5": 0.511}, "queries": 77, "candidates": 66,
+        "same_subcategory": 0.444, "chance": {"i2t": CHANCE, "t2i": {**CHANCE, "r5": 0.076}},
+    },
+    "recognition": {"article_type": {
+        "probes": {
+            "image": {"accuracy": 0.631, "macro_f": 0.391},
+            "text": {"accuracy": 0.876, "macro_f": 0.727},
+        },
+        "chance": {
+            "most_frequent": {"accuracy": 0.177, "macro_f": 0.006},
+            "uniform": {"accuracy": 0.014, "macro_f": 0.012},
+        },
+        "classes": 72, "unseen": 1,
+    }},
+    "text_guided": {
+        "recalls": {"sum": {"r1": 0.091, "r10": 0.414}, "text": {"r1": 0.033, "r10": 0.166}},
+        "chance": {"r1": 0.004, "r10": 0.035},
+        "changed": ["colour", "main_pattern"], "queries": 961, "candidates": 1003,
+    },
+    "skipped": {"one_in_few": "3 of 9 records have no 'size'"},
 }  # fmt: skip
 
 
@@ -74,12 +98,15 @@ def make_examples(pairs=2, queries=1, **changes) -> Examples:
     return Examples(**{**values, **changes})
 
 
-def make_run(folder, examples, evaluation, steps=30):
+LOSSES = {"itc": 0.4, "itm": 0.7, "mlm": 0.5, "mim": 0.2}
+
+
+def make_run(folder, examples, evaluation, steps=30, method="syncmask", losses=LOSSES):
     examples.save(folder)
-    save_json(folder / CONFIG, {"data": "catalogue", "batch_size": 48, "note": "<script>"})
+    options = {"data": "catalogue", "batch_size": 48, "note": "<script>", "method": method}
+    save_json(folder / CONFIG, options)
     save_json(folder / EVALUATION, evaluation)
     for step in range(10, steps + 1, 10):
-        losses = {"itc": 4 / step, "itm": 0.7, "mlm": 5 / step, "mim": 0.2}
         append_metrics(folder, {"step": step, "loss": 9 / step, **losses, "seconds": 6.0 * step})
     if steps:
         append_metrics(folder, {"step": steps, "eval": evaluation})
@@ -232,7 +259,7 @@ def read_page(run) -> Page:
 
 def test_report_of_a_drawn_catalogue(drawn):
     page = read_page(drawn)
-    for figure in (12.5, 50, 75, 87.5, 0.1, 0.5, 1.2, 71.1, 66.1, 72.2, 40.2, 61.3, 25.3):
+    for figure in (12.5, 50, 75, 87.5, 0.1, 0.5, 1.2, 71.1, 66.1, 72.2, 40.2, 61.3, 25.3, 80.3):
         assert f"{figure:.1f}\u202f%" in page.text
     assert "321 validation images, 123 texts" in page.text
     assert "3.0 min" in page.text
@@ -300,6 +327,63 @@ def test_report_of_a_run_without_steps_or_examples(tmp_path):
     page = read_page(run)
     assert page.tags.count("img") == 1
     assert "What is masked" not in page.text
+
+
+def test_report_of_downstream_tasks(tmp_path):
+    run = make_run(tmp_path, make_examples(), {"retrieval": RETRIEVAL, **DOWNSTREAM})
+    generator = torch.Generator().manual_seed(0)
+    ChangeExamples(
+        references=torch.randint(256, (2, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        answers=torch.randint(256, (2, 5, 3, 16, 16), generator=generator, dtype=torch.uint8),
+        hits=torch.tensor([[False, True, False, False, False], [True, False, False, False, True]]),
+        words=["Navy Blue", "<i>"],
+    ).save(run)
+    report.write_report(run)
+    page = read_page(run)
+    figures = (51.1, 7.6, 44.4, 63.1, 39.1, 87.6, 72.7, 17.7, 0.6, 1.4, 9.1, 41.4, 3.3, 16.6, 3.5)
+    for figure in figures:
+        assert f"{figure:.1f}\u202f%" in page.text
+    for text in (
+        "one in 66", "77 items", "Article type", "72 classes", "961 queries", "all 1003 others",
+        "colour or its main pattern", "but navy blue", "but <i>",
+        "Not evaluated: one in few. 3 of 9 records have no 'size'.",
+    ):  # fmt: skip
+        assert " ".join(text.split()) in " ".join(page.text.split())
+    assert "Composed by a head" not in page.text
+    # Three more answers are right than without the task.
+    assert page.classes.count("hit") == 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "losses"),
+    [("sycoca", "SyCoCa", ["itc", "caption", "mim"]), ("simla", "SIMLA", [*LOSSES, "keywords"])],
+)
+def test_report_of_other_methods(tmp_path, method, name, losses):
+    masks = {key: value for key, value in MASKS.items() if not key.startswith("words")}
+    nothing = torch.zeros(2, 8, dtype=torch.bool)
+    examples = make_examples(**({"token_mask": nothing} if method == "sycoca" else {}))
+    evaluation = {"retrieval": RETRIEVAL, "masks": masks}
+    logged = dict.fromkeys(losses, 0.5)
+    run = make_run(tmp_path, examples, evaluation, method=method, losses=logged)
+    report.write_report(run)
+    page = read_page(run)
+    assert f"{name} pretraining" in page.text
+    assert "SyncMask" not in page.text
+    assert ("keyword, visible in this view" in page.text) == (method == "simla")
+    assert ("seen" in page.classes) == (method == "simla")
+
+
+def test_curves_show_every_logged_loss(monkeypatch):
+    titles = []
+
+    def style(axis, title, *colours):
+        titles.append(title)
+
+    monkeypatch.setattr(report_curves, "_style", style)
+    rows = [{"step": 1, "loss": 2.0, "itc": 1.0, "caption": 1.0, "seconds": 3.0}]
+    loss_curves(rows)
+    assert titles[:3] == ["Total loss", "ITC: image-text contrast", "Captioning: next word"]
+    assert titles[3:] == ["Recall at 10, validation"]
 
 
 def test_sheets_hold_every_pair_and_frame_hits_green():
