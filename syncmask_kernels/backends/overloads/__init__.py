@@ -12,8 +12,8 @@ import torch
 
 from syncmask_kernels.backends.overloads import (
     attention,
-    losses,
     grouping,
+    losses,
     masking,
     negatives,
     patch_losses,
@@ -21,7 +21,7 @@ from syncmask_kernels.backends.overloads import (
     selection,
 )
 
-_ROOMS = (attention, losses, grouping, masking, negatives, patch_losses, queue_losses, selection)
+_ROOMS = (attention, grouping, losses, masking, negatives, patch_losses, queue_losses, selection)
 SCHEMAS: dict[str, str] = {op: s for room in _ROOMS for op, s in room.SCHEMAS.items()}
 FAKES: dict[str, Callable[..., Any]] = {op: f for room in _ROOMS for op, f in room.FAKES.items()}
 
