@@ -27,6 +27,7 @@ from syncmask_kernels.momentum import ema_update_
 from syncmask_kernels.negatives import Negatives, sample_negatives
 from syncmask_kernels.patch_losses import masked_patch_loss
 from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
+from syncmask_kernels.sampler import GroupedBatchSampler
 from syncmask_kernels.selection import (
     AttentiveMask,
     Complement,
@@ -46,6 +47,7 @@ __all__ = [
     "AttentiveMask",
     "BackendError",
     "Complement",
+    "GroupedBatchSampler",
     "Negatives",
     "SyncMask",
     "TopK",
