@@ -25,7 +25,7 @@ from reference.downstream.recall import chance
 from reference.downstream.recognition import recognise
 from reference.downstream.records import MissingRecords
 from reference.downstream.retrieval import one_in_few
-from reference.downstream.text_guided import Asked, build_changes, train_head
+from reference.downstream.text_guided import Asked, build_changes, text_guided, train_head
 from reference.evaluate import main
 from reference.methods import METHODS
 from reference.pretrain import build, pretrain
@@ -153,6 +153,60 @@ def test_the_head_learns_to_take_the_new_colour_and_keep_the_type() -> None:
     assert torch.equal(again(query), head(query))
 
 
+COLOURS = {"Red": (220, 30, 30), "Green": (30, 160, 40), "Navy Blue": (20, 20, 120)}
+
+
+def write_photos(folder: Path) -> None:
+    """Squares and bars in three colours."""
+    (folder / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 60), ("val", 24)):
+        lines = []
+        for i in range(count):
+            colour = list(COLOURS)[i % 3]
+            article, category = [("Shirts", "Apparel"), ("Belts", "Accessories")][i // 3 % 2]
+            pixels = np.full((16, 16, 3), 255, np.uint8)
+            top = 6 if article == "Belts" else 2
+            pixels[top : 16 - top, 2:14] = COLOURS[colour] + random.integers(-9, 9, 3)
+            name = f"images/{split}{i}.png"
+            Image.fromarray(pixels).save(folder / name)
+            record = {"image": name, "caption": f"{colour} {article} {i}", "gender": "Men",
+                      "category": category, "article_type": article, "colour": colour}  # fmt: skip
+            lines.append(json.dumps(record))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+def test_text_guided_recall_against_brute_force(tmp_path: Path) -> None:
+    write_photos(tmp_path)
+    data = load_data(tmp_path, image_size=16)
+    model = build(PretrainConfig(**TINY), data.tokenizer).teacher
+    config = DownstreamConfig(head_steps=0, changes=20)
+    found, shown = text_guided(Encodings(model, data), PHOTOS, config)
+    assert set(found["recalls"]) == {"image", "text", "sum"}
+    asked = build_changes(data.val.records, PHOTOS.changed, PHOTOS.kept, seed=0, limit=20)
+    images = features(model, data.val, data.tokenizer, "images").image_features
+    query = features(model, data.val, data.tokenizer, "queries", asked.reference, asked.words)
+    ranks: dict[str, list[int]] = {"image": [], "text": [], "sum": []}
+    by_chance = []
+    for row, reference in enumerate(asked.reference.tolist()):
+        right = asked.groups == asked.wanted[row]
+        features_of = {"image": query.image_features[row], "text": query.text_features[row]}
+        features_of["sum"] = sum(features_of.values())
+        for name, feature in features_of.items():
+            order = [i for i in (images @ feature).argsort(descending=True) if i != reference]
+            ranks[name].append(min(rank for rank, i in enumerate(order) if right[i]))
+        by_chance.append(1 - comb(23 - int(right.sum()), 5) / comb(23, 5))
+    for name, values in ranks.items():
+        for k in (1, 5, 10, 50):
+            assert found["recalls"][name][f"r{k}"] == sum(rank < k for rank in values) / 20
+    assert found["chance"]["r5"] == pytest.approx(sum(by_chance) / 20)
+    assert found["queries"] == 20
+    assert torch.equal(shown.references[-1], data.val.images[asked.reference[-1]])
+    answers = [(data.val.images == answer).flatten(1).all(1) for answer in shown.answers[-1]]
+    right = asked.groups == asked.wanted[-1]
+    assert shown.hits[-1].tolist() == [bool(right[answer].any()) for answer in answers]
+
+
 def encodings(train: Features, val: Features, labels: tuple[list[str], list[str]]) -> Encodings:
     splits = (SimpleNamespace(records=[{"kind": name} for name in names]) for names in labels)
     found = Encodings(
@@ -198,29 +252,6 @@ def test_fused_features_of_every_method_see_image_and_text() -> None:
         assert other.fused is not None
         assert ((plain.fused - words.fused).abs().amax(dim=1) > 1e-4).all()
         assert ((plain.fused - other.fused).abs().amax(dim=1) > 1e-4).all()
-
-
-COLOURS = {"Red": (220, 30, 30), "Green": (30, 160, 40), "Navy Blue": (20, 20, 120)}
-
-
-def write_photos(folder: Path) -> None:
-    """Squares and bars in three colours."""
-    (folder / "images").mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for split, count in (("train", 60), ("val", 24)):
-        lines = []
-        for i in range(count):
-            colour = list(COLOURS)[i % 3]
-            article, category = [("Shirts", "Apparel"), ("Belts", "Accessories")][i // 3 % 2]
-            pixels = np.full((16, 16, 3), 255, np.uint8)
-            top = 6 if article == "Belts" else 2
-            pixels[top : 16 - top, 2:14] = COLOURS[colour] + random.integers(-9, 9, 3)
-            name = f"images/{split}{i}.png"
-            Image.fromarray(pixels).save(folder / name)
-            record = {"image": name, "caption": f"{colour} {article} {i}", "gender": "Men",
-                      "category": category, "article_type": article, "colour": colour}  # fmt: skip
-            lines.append(json.dumps(record))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture(scope="module")

@@ -43,4 +43,6 @@ def chance(positives: Tensor, candidates: int, ks: Sequence[int]) -> dict[str, f
 
 def nearest(queries: Tensor, candidates: Tensor, k: int) -> Tensor:
     """Ids ``[Q, k]`` of the most similar candidates, best first."""
-    return (queries @ candidates.T).topk(min(k, len(candidates)), dim=1).indices
+    k = min(k, len(candidates))
+    parts = queries.split(1024)
+    return torch.cat([(part @ candidates.T).topk(k, dim=1).indices for part in parts])

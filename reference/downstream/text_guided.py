@@ -120,22 +120,28 @@ def text_guided(
     Raises:
         MissingRecords: see `build_changes`.
     """
-    data = encodings.data
 
-    def ask(dataset: PairDataset, limit: int | None, name: str) -> Asked:
+    def ask(split: str, limit: int | None) -> Asked:
+        data = encodings.data
+        dataset: PairDataset = getattr(data, split)
         changes = build_changes(
             dataset.records, layout.changed, layout.kept, seed=config.task_seed, limit=limit
         )
         query = features(
-            encodings.model, dataset, data.tokenizer, name, changes.reference, changes.words
+            encodings.model,
+            dataset,
+            data.tokenizer,
+            f"{split} queries",
+            changes.reference,
+            changes.words,
         )
-        return Asked(changes, query, getattr(encodings, name).image_features)
+        return Asked(changes, query, getattr(encodings, split).image_features)
 
-    val = ask(data.val, config.changes, "val")
+    val = ask("val", config.changes)
     image, text = val.query.image_features, val.query.text_features
     queries = {"image": image, "text": text, "sum": F.normalize(image + text, dim=1)}
     if config.head_steps:
-        head = train_head(ask(data.train, None, "train"), config)
+        head = train_head(ask("train", None), config)
         queries["head"] = head(val.query).detach()
     answers = {name: _answers(feature, val) for name, feature in queries.items()}
     hits = {
@@ -151,7 +157,7 @@ def text_guided(
         "changed": list(layout.changed),
         "queries": len(image),
         "candidates": candidates,
-    }, _examples(data.val, val.changes, answers[best], hits[best])
+    }, _examples(encodings.data.val, val.changes, answers[best], hits[best])
 
 
 def _answers(queries: Tensor, asked: Asked) -> Tensor:
