@@ -19,8 +19,8 @@ def _option(default: Any, help: str) -> Any:
 class MaskConfig:
     """How the words of MLM and the patches of MIM are chosen; see `reference.masks`."""
 
-    masks: Literal["sync", "random"] = _option(
-        "sync", "Chosen by the teacher's cross-attention, or at random."
+    masks: Literal["sync", "patches", "words", "random"] = _option(
+        "sync", "Chosen by the teacher: both, patches or words alone, or nothing (at random)."
     )
     word_score: Literal["image_effect", "text_softmax", "dual", "max"] = _option(
         "image_effect", "Rule that scores a word."

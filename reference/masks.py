@@ -43,7 +43,15 @@ def choose_masks(step: Step[SyncMaskModel]) -> smk.SyncMask:
         return random_masks(step.batch, config.patches, config)
     image, text = step.teacher_image, step.teacher_text
     mean = ranks.mean(image.mean(dim=0, keepdim=True))
-    return teacher_masks(step.teacher, step.batch, image, text, config, config.mask_noise, mean)
+    chosen = teacher_masks(step.teacher, step.batch, image, text, config, config.mask_noise, mean)
+    if config.masks == "sync":
+        return chosen
+    drawn = random_masks(step.batch, config.patches, config)
+    words, patches = (chosen, drawn) if config.masks == "words" else (drawn, chosen)
+    return smk.SyncMask(
+        *(patches.patch_mask, words.token_mask, patches.patch_ids, words.token_ids),
+        *(patches.patch_scores, words.token_scores),
+    )
 
 
 @torch.no_grad()

@@ -1,0 +1,246 @@
+"""Which rule finds what image and text share, and what does training with it give?
+
+``python -m reference.ablate --output runs/ablation`` answers it anew, on the drawn catalogue and,
+with ``--photos FOLDER``, on photos. Two studies, each over `seeds`:
+
+- *after the fact*: teachers trained with random masks score the validation pairs by every rule of
+  `reference.score_rules`, at several ages;
+- *by training*: the same model trained with each of `VARIANTS`.
+
+Every training is a run of `reference.pretrain` in a folder of its own, so that the study goes on
+where it was interrupted. ``results.json``, ``results.md`` and ``results.png`` are written after each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import syncmask_kernels as smk
+from reference.batch import make_batch
+from reference.checkpoint import checkpoints, load_model
+from reference.config import PretrainConfig
+from reference.data import PairDataset, Truth
+from reference.evaluate import word_auc
+from reference.pretrain import pretrain
+from reference.run_files import CONFIG, EVALUATION, atomic_path, load_json, save_json
+from reference.score_rules import all_scores
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "random masks": {"masks": "random"},
+    "sync": {},
+    "sync, patches only": {"masks": "patches"},
+    "sync, words only": {"masks": "words"},
+    "sync, no noise": {"mask_noise": 0.0},
+    "sync, young teacher": {"random_mask_steps": 100},
+    "sync, grown teacher": {"random_mask_steps": 600},
+    "sync, hardest negatives": {"negatives": "hardest"},
+}
+PATCH_SHARE = 0.25
+CHUNK = 256
+
+Table = dict[str, dict[str, list[float]]]
+"""Row -> column -> a value for each seed."""
+
+
+@dataclass
+class AblateConfig:
+    """The options of ``python -m reference.ablate``."""
+
+    output: str = field(default="runs/ablation", metadata={"help": "Folder of the study."})
+    photos: str | None = field(default=None, metadata={"help": "Folder of photos: see --data."})
+    seeds: int = field(default=3, metadata={"help": "Trainings of each kind."})
+    steps: int = field(default=1200, metadata={"help": "Steps of each training."})
+    ages: int = field(default=3, metadata={"help": "Ages at which teachers are looked at."})
+    batch_size: int = field(default=48, metadata={"help": "Pairs of a step."})
+    items: int = field(default=4000, metadata={"help": "Items of the drawn catalogue."})
+
+
+def ablate(study: AblateConfig) -> Path:
+    """Run what is not there yet; returns the page of results."""
+    results: dict[str, Table] = {}
+    for name, run, data in tqdm(list(_trainings(study)), unit="training"):
+        _train(run, study, data | VARIANTS[name])
+        results = _results(study)
+        _write(Path(study.output), results)
+    return Path(study.output) / "results.md"
+
+
+def _trainings(study: AblateConfig) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Variant, folder and options, the same variant's seeds one after the other."""
+    for source in ("catalogue", *([study.photos] if study.photos else [])):
+        where = "catalogue" if source == "catalogue" else "photos"
+        for name in VARIANTS:
+            for seed in range(study.seeds):
+                run = Path(study.output) / where / name.replace(", ", "-").replace(" ", "_")
+                augment = source != "catalogue"
+                yield name, run / str(seed), {"data": source, "seed": seed, "augment": augment}
+
+
+def _train(run: Path, study: AblateConfig, options: dict[str, Any]) -> None:
+    if (run / EVALUATION).exists():
+        return
+    every = max(1, study.steps // study.ages)
+    pretrain(
+        PretrainConfig(
+            **options,
+            output=str(run),
+            resume=(run / CONFIG).exists(),
+            steps=study.steps,
+            batch_size=study.batch_size,
+            items=study.items,
+            eval_every=every,
+            save_every=every,
+            keep_checkpoints=study.ages if options.get("masks") == "random" else 1,
+        )
+    )
+
+
+def _results(study: AblateConfig) -> dict[str, Table]:
+    results: dict[str, Table] = {}
+    for name, run, _ in _trainings(study):
+        if not (run / EVALUATION).exists():
+            continue
+        where = run.parent.parent.name
+        trained = results.setdefault(f"Trained on the {where}", {})
+        _append(trained, name, _outcome(load_json(run / EVALUATION)))
+        if where == "catalogue" and name == "random masks":
+            for words, patches, age in _rules(run):
+                for side, rules in (("Words", words), ("Patches", patches)):
+                    table = results.setdefault(f"{side}, teacher of {age} steps", {})
+                    for rule, figures in rules.items():
+                        _append(table, rule, figures)
+    return results
+
+
+def _append(table: Table, row: str, figures: dict[str, float]) -> None:
+    for column, value in figures.items():
+        table.setdefault(row, {}).setdefault(column, []).append(value)
+
+
+def _outcome(evaluation: dict[str, Any]) -> dict[str, float]:
+    """Recall at 10 and, where the truth is known, what the masks of the last teacher are worth."""
+    found = {f"{way} R@10": evaluation["retrieval"][way]["r10"] for way in ("t2i", "i2t")}
+    masks = evaluation.get("masks", {})
+    kept = ("word_auc", "words_visible", "patches_described", "details_covered")
+    return found | {name: masks[name] for name in kept if name in masks}
+
+
+def _rules(run: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+    """The figures of all rules for the teachers of a run, kept beside their checkpoints."""
+    for folder in checkpoints(run):
+        file = run / f"rules-{folder.name}.json"
+        if not file.exists():
+            model, config, tokenizer = load_model(folder)
+            data = config.load_data(tokenizer).val
+            save_json(file, rule_figures(model, data, tokenizer, config.token_ratio))
+        words, patches = load_json(file)
+        yield words, patches, int(folder.name.split("-")[1])
+
+
+def rule_figures(
+    model: Any, dataset: PairDataset, tokenizer: Any, token_ratio: float
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """What masks by each rule would hide, of words and of a quarter of the patches."""
+    assert dataset.truth is not None
+    torch.manual_seed(0)
+    found: tuple[dict[str, list[Tensor]], ...] = ({}, {})
+    length, valid = dataset.input_ids.shape[1], []
+    for rows in torch.arange(len(dataset)).split(CHUNK):
+        batch = make_batch(dataset[rows], tokenizer, torch.device("cpu"), length)
+        valid.append(batch.token_valid)
+        for side, rules in zip(found, all_scores(model, batch), strict=True):
+            for rule, scores in rules.items():
+                side.setdefault(rule, []).append(scores)
+    words, patches = ({rule: torch.cat(parts) for rule, parts in side.items()} for side in found)
+    truth, counted = dataset.truth, torch.cat(valid)
+    return (
+        {rule: _of_words(scores, counted, truth, token_ratio) for rule, scores in words.items()},
+        {rule: _of_patches(scores, truth) for rule, scores in patches.items()},
+    )
+
+
+def _of_words(scores: Tensor, valid: Tensor, truth: Truth, ratio: float) -> dict[str, float]:
+    chosen = smk.topk_mask(scores, ratio=ratio, valid=valid).mask & (truth.word_visible >= 0)
+    visible = (chosen & (truth.word_visible == 1)).sum() / chosen.sum()
+    return {"AUC": word_auc(scores, truth.word_visible), "visible": float(visible)}
+
+
+def _of_patches(scores: Tensor, truth: Truth) -> dict[str, float]:
+    chosen = smk.topk_mask(scores, ratio=PATCH_SHARE).mask
+    described, detail = truth.patch_described > 0.25, truth.patch_detail.double()
+    return {
+        "described": float((chosen & described).sum() / chosen.sum()),
+        "details": float((detail * chosen).sum() / detail.sum()),
+    }
+
+
+def _write(folder: Path, results: dict[str, Table]) -> None:
+    save_json(folder / "results.json", results)
+    with atomic_path(folder / "results.md") as temporary:
+        temporary.write_text("\n\n".join(map(as_markdown, results, results.values())) + "\n")
+    with atomic_path(folder / "results.png") as temporary:
+        draw(results).savefig(temporary, format="png", dpi=120)
+
+
+def as_markdown(title: str, table: Table) -> str:
+    """Mean and standard deviation over the seeds, in percent; the best of each column in bold."""
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    best = {c: max(mean(row[c]) for row in table.values() if c in row) for c in columns}
+
+    def cell(values: list[float], top: float) -> str:
+        spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 else ""
+        text = f"{100 * mean(values):.1f}{spread}"
+        return f"**{text}**" if mean(values) == top else text
+
+    lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in table.items():
+        cells = [cell(row[c], best[c]) if c in row else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, Table]) -> Figure:
+    """One panel for each column of each table, a bar for each row, a dot for each seed."""
+    panels = [
+        (title, column, {name: row[column] for name, row in table.items() if column in row})
+        for title, table in results.items()
+        for column in dict.fromkeys(c for row in table.values() for c in row)
+    ]
+    height = sum(1 + 0.22 * len(rows) for _, _, rows in panels)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    ratios = [1 + 0.22 * len(rows) for _, _, rows in panels]
+    for axes, (title, column, rows) in zip(
+        figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0],
+        panels,
+        strict=True,
+    ):
+        places = list(range(len(rows)))
+        axes.barh(places, [mean(values) for values in rows.values()], color="#c3d5e8")
+        for place, values in zip(places, rows.values(), strict=True):
+            axes.plot(values, [place] * len(values), ".", color="#1f4e79")
+        axes.set_yticks(places, list(rows), fontsize=7)
+        axes.invert_yaxis()
+        axes.set_title(f"{title}: {column}", fontsize=8, loc="left")
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = HfArgumentParser(AblateConfig, description=__doc__)  # type: ignore[arg-type]
+    (study,) = parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+    print(f"results: {ablate(study)}")
+
+
+if __name__ == "__main__":
+    main()

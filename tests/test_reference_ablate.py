@@ -1,0 +1,87 @@
+"""The study of masks: its rules, its tables, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference import ablate as study_module
+from reference import pretrain as pretraining
+from reference.ablate import AblateConfig, ablate, as_markdown
+from reference.batch import make_batch
+from reference.checkpoint import checkpoints, load_model
+from reference.config import PretrainConfig
+from reference.data import load_data
+from reference.masks import teacher_masks
+from reference.pretrain import build
+from reference.run_files import load_json
+from reference.score_rules import all_scores
+
+
+def test_rules_of_the_study_are_those_of_training() -> None:
+    data = load_data(items=8, image_size=16, patch_size=4)
+    config = PretrainConfig(
+        image_size=16, patch_size=4, width=24, heads=3, image_layers=1, fusion_layers=2
+    )
+    model = build(config, data.tokenizer).teacher
+    batch = make_batch(data.val[torch.arange(6)], data.tokenizer, torch.device("cpu"))
+    image = model.encode_image(batch.pixels)
+    text = model.encode_text(batch.input_ids, batch.attended)
+    words, patches = all_scores(model, batch)
+    for layer in (1, 2):
+        for rule in ("max", "text_softmax", "dual", "image_effect"):
+            config.mask_layer, config.word_score = layer - 1, rule
+            expected = teacher_masks(model, batch, image, text, config).token_scores
+            name = rule if rule == "image_effect" else f"{rule}, layer {layer}"
+            got = words[name].masked_fill(~batch.token_valid, 0)
+            expected = expected.masked_fill(~batch.token_valid, 0)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        for rule in ("mean", "cls", "value", "cls_value"):
+            config.mask_layer, config.patch_score = layer - 1, rule
+            expected = teacher_masks(model, batch, image, text, config).patch_scores
+            got = patches[f"{rule}, layer {layer}"]
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for scores in (*words.values(), *patches.values()):
+        assert scores.isfinite().all()
+
+
+def test_the_study_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variants = {"random masks": {"masks": "random"}, "sync, words only": {"masks": "words"}}
+    monkeypatch.setattr(study_module, "VARIANTS", variants)
+    trained: list[str] = []
+    pretrain = study_module.pretrain
+
+    def spy(config: PretrainConfig) -> Path:
+        trained.append(config.masks)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        config.width, config.heads, config.image_layers = 16, 2, 1
+        config.random_mask_steps = 1
+        return pretrain(config)
+
+    monkeypatch.setattr(study_module, "pretrain", spy)
+    monkeypatch.setattr(pretraining, "write_report", lambda run: run)
+    study = AblateConfig(str(tmp_path), seeds=1, steps=4, ages=2, batch_size=4, items=16)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(study)
+    page = ablate(study)
+    assert trained == ["random", "words", "words"]
+    results = load_json(tmp_path / "results.json")
+    assert set(results["Trained on the catalogue"]) == set(variants)
+    assert {f"Words, teacher of {age} steps" for age in (2, 4)} < set(results)
+    assert "image_effect" in page.read_text()
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    assert len(checkpoints(tmp_path / "catalogue/random_masks/0")) == 2
+    assert load_model(checkpoints(tmp_path / "catalogue/sync-words_only/0")[0])[1].masks == "words"
+
+
+def test_tables_show_mean_spread_and_the_best() -> None:
+    table = {"a": {"x": [0.5, 0.7], "y": [0.1, 0.1]}, "b": {"x": [0.2, 0.2]}}
+    assert as_markdown("Title", table).splitlines() == [
+        "### Title", "", "| | x | y |", "|---|---|---|",
+        "| a | **60.0 ± 14.1** | **10.0 ± 0.0** |", "| b | 20.0 ± 0.0 |  |",
+    ]  # fmt: skip
