@@ -8,7 +8,7 @@ with ``--photos FOLDER``, on photos. Two studies, each over `seeds`:
 - *by training*: the same model trained with each of `VARIANTS`.
 
 Every training is a run of `reference.pretrain` in a folder of its own, so that the study goes on
-where it was interrupted. ``results.json``, ``results.md`` and ``results.png`` are written after each.
+where it was interrupted. Each ends with new ``results.json``, ``results.md`` and ``results.png``.
 """
 
 from __future__ import annotations
