@@ -142,10 +142,14 @@ Tensor gather_masked(Tensor x, Tensor ids, double fill) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Examples<T> from = examples<T>(x);
     const Rows<T> padding(filled);
-    each_row<T>(out, [&](int64_t i, T* row) {
+    const auto source = [&](int64_t i) {
       const int64_t n = id.data()[i];
-      if (n >= 0 && n < positions) {
-        copy_row(from.row(i / width, n), from.column, columns, row);
+      return n >= 0 && n < positions ? from.row(i / width, n) : nullptr;
+    };
+    each_row<T>(out, [&](int64_t i, T* row) {
+      if (i + 1 < ids.size(0) * width) prefetch_row(source(i + 1), columns);
+      if (const T* picked = source(i)) {
+        copy_row(picked, from.column, columns, row);
       } else {
         copy_row(padding.data(), 1, columns, row);
       }

@@ -30,6 +30,15 @@ SYNCMASK_INLINE void copy_row(const T* from, int64_t stride, int64_t columns, T*
   }
 }
 
+// Asks for the start of a row that is read next; from there the processor looks ahead by itself.
+template <typename T>
+SYNCMASK_INLINE void prefetch_row(const T* row, int64_t columns) {
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; row && i < bytes && i < 1024; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i);
+  }
+}
+
 // sums [D] += a row.
 template <typename T>
 SYNCMASK_INLINE void add_row(const T* from, int64_t stride, int64_t columns, float* sums) {

@@ -43,7 +43,8 @@ def mask_patches_launches(
 ) -> tuple[Tensor, list[Launch]]:
     """The output of `mask_patches`, not yet written, and the launch that writes it."""
     out = torch.empty(patches.shape, dtype=patches.dtype, device=patches.device)
-    args = {"patches": patches, "patch_mask": contiguous(patch_mask), "token": mask_token}
+    args: dict[str, Any] = {"patches": patches, "token": mask_token}
+    args["patch_mask"] = contiguous(patch_mask)
     args["token_d"] = 0 if mask_token is None else mask_token.stride(0)
     return out, _launch(mask_patches_kernel, out, args | strides("patches", "bpd", patches))
 
