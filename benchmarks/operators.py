@@ -166,6 +166,13 @@ OPERATORS = {
         lambda image, text, ids: smk.grouped_order(image, text, ids, window=5),
         _all(_drawn(64, DIM), _drawn(64, DIM), _items),
     ),
+    "gather_negatives": Operator(
+        smk.gather_negatives,
+        _all(
+            _drawn(BATCH, WORDS, DIM),
+            lambda generator: torch.randint(BATCH, (BATCH,), generator=generator),
+        ),
+    ),
     "ema_update_": Operator(_moved, _all(_drawn(WORDS, DIM), _drawn(WORDS, DIM))),
 }
 

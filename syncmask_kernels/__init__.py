@@ -24,7 +24,7 @@ from syncmask_kernels.masking import (
     token_valid,
 )
 from syncmask_kernels.momentum import ema_update_
-from syncmask_kernels.negatives import Negatives, sample_negatives
+from syncmask_kernels.negatives import Negatives, gather_negatives, sample_negatives
 from syncmask_kernels.patch_losses import masked_patch_loss
 from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
 from syncmask_kernels.sampler import GroupedBatchSampler
@@ -60,6 +60,7 @@ __all__ = [
     "ema_update_",
     "enqueue_",
     "gather_masked",
+    "gather_negatives",
     "grouped_order",
     "head_average",
     "mask_patches",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from syncmask_kernels import _checks, _host, backends
 from syncmask_kernels.backends.overloads.negatives import MODES
@@ -142,3 +142,89 @@ def sample_negatives(
     return Negatives(
         *run(sim, positive, exclude, row_ids, col_ids, mode, margin, rank, seed, noise)
     )
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to every rank, and as many as it sends from every rank, in the order of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        ctx.sizes = sent, received
+        output = rows.new_empty((sum(received), *rows.shape[1:]))
+        # Not every backend of torch.distributed knows bool.
+        pair = output, rows.contiguous()
+        if rows.dtype == torch.bool:
+            pair = output.view(torch.uint8), pair[1].view(torch.uint8)
+        distributed.all_to_all_single(*pair, received, sent)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        sent, received = ctx.sizes
+        return _Exchange.apply(grad, received, sent), None, None
+
+
+def _exchanged(rows: Tensor, wanted: Tensor) -> Tensor:
+    """rows [B, ...], wanted [ranks, B] ids on the CPU -> the rows that this rank wants."""
+    rank, batch = distributed.get_rank(), rows.shape[0]
+    owners = wanted // max(batch, 1)
+    sizes = [(owners == owner).sum(dim=1) for owner in range(len(wanted))]
+    # To every rank in turn what it wants of this one; each rank gets its rows in order of owners.
+    sent = rows.index_select(0, (wanted % max(batch, 1))[owners == rank].to(rows.device))
+    received = _Exchange.apply(sent, sizes[rank].tolist(), [int(size[rank]) for size in sizes])
+    places = owners[rank].argsort(stable=True).argsort()
+    return received.index_select(0, places.to(rows.device))
+
+
+def gather_negatives(rows: Tensor, ids: Tensor) -> Tensor:
+    """The rows that `ids` names among those of all ranks: what a model needs of its negatives.
+
+    Where `torch.distributed` is initialised, row ``b`` of rank ``r`` has the id ``r * B + b``, as
+    in features that were gathered in the order of ranks, and only the chosen rows travel: the
+    memory taken is that of `rows`, however many ranks there are. A process alone needs no group.
+
+    Args:
+        rows: ``[B, ...]`` of any type: features ``[B, S, D]``, a mask ``[B, S]``. Of the same shape
+            and type on every rank (pad captions to one length).
+        ids: ``[B]`` int64, columns of `sample_negatives` over the keys of all ranks. On a rank
+            alone any number of them.
+
+    Returns:
+        Tensor: ``[B, ...]``, the row of each id (of id 0 where none was found). Gradients flow back
+        to the rank that a row came from; every rank has to take part in the backward.
+
+    Raises:
+        TypeError: types do not fit.
+        ValueError: shapes or devices do not fit, or (on the CPU, or with ranks) an id is outside of
+            ``[0, ranks * B)``.
+
+    With ranks, the host waits once for the ids, for it has to know how many rows go where;
+    gathering the rows of all ranks would not wait, and take the memory and traffic of all of them.
+
+    Source: ALBEF draws negatives from its own rank, BLIP's retrieval from all ranks, whose features
+    it gathers.
+
+    Example:
+        >>> import torch, syncmask_kernels as smk
+        >>> features = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> smk.gather_negatives(features, torch.tensor([1, 0]))
+        tensor([[3., 4.],
+                [1., 2.]])
+    """
+    _checks.tensor("rows", rows)
+    if rows.dim() == 0:
+        raise ValueError("rows must be [B, ...], got shape ()")
+    _checks.rank("ids", ids, "[B]")
+    _checks.dtype("ids", ids, torch.int64)
+    _checks.same_device("ids", ids, "rows", rows)
+    batch = rows.shape[0]
+    if not (distributed.is_available() and distributed.is_initialized()):
+        _host.ids_within("ids", ids, 0, batch, "B")
+        return rows.index_select(0, ids)
+    _checks.shape("ids", ids, "[B]", (batch,))
+    ranks = distributed.get_world_size()
+    gathered = ids.new_empty(ranks * batch)
+    distributed.all_gather_into_tensor(gathered, ids.contiguous())
+    wanted = gathered.cpu()
+    _host.ids_within("ids", wanted, 0, ranks * batch, "ranks * B")
+    return _exchanged(rows, wanted.view(ranks, batch))
