@@ -64,6 +64,22 @@ def test_gradients_of_gradients(names):
     assert torch.autograd.gradgradcheck(loss, inputs, fast_mode=True)
 
 
+@pytest.mark.usefixtures("small")
+def test_words_without_a_chance():
+    """As if there were no such words, even where they fill a block."""
+    case = Case(torch.float64, batch=5)
+    case.labels[(case.labels >= 0) & (case.labels < 9)] = 9
+    case.bias[:9] = -torch.inf
+    loss, *of_head = gradients(smk.masked_linear_cross_entropy, case, case.options(["bias"]))
+    case.labels[case.labels != -100] -= 9
+    case.weight, case.bias = case.weight[9:], case.bias[9:]
+    want, *of_rest = gradients(oracle.masked_linear_cross_entropy, case, case.options(["bias"]))
+    got = loss, of_head[0], of_head[1][9:], of_head[2][9:]
+    for value, true in zip(got, (want, *of_rest), strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-14)
+    assert not of_head[1][:9].any()
+
+
 def test_a_second_backward_pass():
     case = Case(torch.float64)
     inputs = [case.hidden.requires_grad_(), case.weight.requires_grad_()]

@@ -155,7 +155,7 @@ def _add_part(
     count, vocabulary = rows.shape[0], room.shape[0]
     blocks = _blocks(vocabulary, count)
     logits = room[:, :count]
-    log_sum = _project(student, logits, blocks)
+    top, log_total = _project(student, logits, blocks)
     soft = _soft(targets, rows, room[:, count:], blocks)
     alpha = 0.0 if soft is None else float(targets.alpha)
     labelled, alpha = scale * (1 - alpha), scale * alpha
@@ -164,9 +164,9 @@ def _add_part(
     mass = labelled if soft is None else labelled + alpha * soft.mass
     labels = targets.labels.index_select(0, rows)
     picked = logits.gather(0, labels.unsqueeze(0)).squeeze(0)
-    loss = hard * (log_sum - picked).sum()
+    loss = hard * (log_total - (picked - top)).sum()
     for words in blocks:
-        log_p = logits[words] - log_sum
+        log_p = (logits[words] - top).sub_(log_total)
         if even > 0:
             loss -= even * log_p.sum()
         chosen = None if soft is None else alpha * soft.block(words)
@@ -188,22 +188,29 @@ def _blocks(vocabulary: int, rows: int) -> list[slice]:
     return [slice(v, min(v + size, vocabulary)) for v in range(0, vocabulary, size)]
 
 
-def _project(head: Head, logits: Tensor, blocks: list[slice]) -> Tensor:
-    """Writes the logits [V, K] of the head; returns the log of the sums of their exponentials."""
-    sums = []
+def _project(head: Head, logits: Tensor, blocks: list[slice]) -> tuple[Tensor, Tensor]:
+    """Writes the logits [V, K] of the head; their maxima, and the logs of the sums below these.
+
+    The two are kept apart: their sum would round away digits of small differences.
+    """
+    tops, totals = [], []
     for words in blocks:
         torch.mm(head.weight[words], head.hidden.t(), out=logits[words])
         if head.bias is not None:
             logits[words] += head.bias[words].unsqueeze(1)
-        sums.append(logits[words].logsumexp(dim=0))
-    return torch.stack(sums).logsumexp(dim=0)
+        # A word may have no chance at all, a logit of -inf, and so may all of a block.
+        tops.append(logits[words].amax(dim=0).clamp_(min=torch.finfo(logits.dtype).min))
+        totals.append((logits[words] - tops[-1]).exp_().sum(dim=0))
+    top = torch.stack(tops).amax(dim=0)
+    kept = (torch.stack(tops) - top).exp_()
+    return top, (torch.stack(totals) * kept).sum(dim=0).log_()
 
 
 def _soft(targets: Targets, rows: Tensor, room: Tensor, blocks: list[slice]) -> _Soft | None:
     if targets.teacher is not None:
         hidden, weight, bias = targets.teacher
-        log_sum = _project(Head(hidden.index_select(0, rows), weight, bias), room, blocks)
-        return _Soft(lambda words: (room[words] - log_sum).exp_(), torch.ones_like(log_sum))
+        top, log_total = _project(Head(hidden.index_select(0, rows), weight, bias), room, blocks)
+        return _Soft(lambda words: (room[words] - top).sub_(log_total).exp_(), torch.ones_like(top))
     soft = targets.soft
     if soft is None:
         return None
