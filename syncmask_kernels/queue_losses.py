@@ -97,9 +97,10 @@ def queue_contrastive_loss(
     """Image-text contrast (ITC) of a batch with its momentum keys and a queue of earlier ones.
 
     Each image is compared with the B texts of `text_key` and the Q of `text_queue`, each text with
-    the images likewise; the loss is the mean of both cross entropies. The queue is read a part at a
-    time where it lies: it is not cloned, nothing of size ``[B, B + Q]`` is kept, and as the
-    gradient is formed on the way, `enqueue_` may follow before the backward pass.
+    the images likewise; the loss is the mean of both cross entropies. The queue is read where it
+    lies, neither cloned nor concatenated; one buffer holds the logits of a direction, the gradient
+    takes their place, and nothing of their size is kept. As the gradient is formed in the forward
+    pass, `enqueue_` may follow before the backward pass.
 
     Args:
         image_feat: ``[B, D]`` floating features of the images, normalised as the host does.
@@ -134,7 +135,7 @@ def queue_contrastive_loss(
     as far as torch's own matrix product is; no host sync; once differentiable.
 
     Source: ALBEF `models/model_pretrain.py` (soft targets) and `model_retrieval.py` (positives by
-    id); the pass over parts is the online softmax of FlashAttention.
+    id).
 
     Example:
         >>> import torch, syncmask_kernels as smk

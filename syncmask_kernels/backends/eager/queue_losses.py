@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from syncmask_kernels.backends.eager.attention import product
 from syncmask_kernels.backends.queue_losses_request import Keys
 
-CPU_COLUMNS, COLUMNS = 4096, 16384  # keys at a time: what a CPU's cache holds; few launches
+CPU_COLUMNS, COLUMNS = 8192, 16384  # keys at a time: what a CPU's cache holds; few launches
 
 
 def _blocks(keys: Keys) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -24,24 +25,24 @@ def _blocks(keys: Keys) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield keys.queue[:, part].to(keys.batch.dtype), same
 
 
-def _attend(rows: Tensor, keys: Keys) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the logits of rows [R, D] with all keys, the log-sum-exp [R] and the mean key [R, D] by
-    their softmax; and the mean key of the positives [B, D].
-    """
-    peak = rows.new_full((rows.shape[0], 1), float("-inf"))
-    total, mean = torch.zeros_like(peak), torch.zeros_like(rows)
-    positive, count = torch.zeros_like(keys.batch), keys.batch.new_zeros((len(keys.batch), 1))
-    for block, same in _blocks(keys):
-        logits = product(rows, block)
-        higher = torch.maximum(peak, logits.amax(dim=1, keepdim=True))
-        weights, fade = logits.sub_(higher).exp_(), (peak - higher).exp()
-        total = total * fade + weights.sum(dim=1, keepdim=True)
-        mean = mean * fade + product(weights, block.T)
-        if same is not None:
-            positive = positive + product(same.to(block.dtype), block.T)
-            count = count + same.sum(dim=1, keepdim=True)
-        peak = higher
-    return (peak + total.log()).squeeze(1), mean / total, positive / count
+class _Part(NamedTuple):
+    """The logits of rows [R, D] with a block of keys, as exponentials below their maximum."""
+
+    weights: Tensor  # [R, C]
+    top: Tensor  # [R]
+    total: Tensor  # [R]
+    mixed: Tensor  # [B], the student's logits by the teacher's weights; 0 without a teacher
+
+
+def _part(logits: Tensor, batch: int) -> _Part:
+    """The part of logits [R, C], in their place; the student's are the first `batch` rows."""
+    top = logits.amax(dim=1, keepdim=True)
+    student, teacher = logits[:batch], logits[batch:]
+    mixed = logits.new_zeros((batch,))
+    if logits.shape[0] > batch:
+        mixed = (teacher.sub_(top[batch:]).exp_() * student).sum(dim=1)
+    student.sub_(top[:batch]).exp_()
+    return _Part(logits, top.squeeze(1), logits.sum(dim=1), mixed)
 
 
 def queue_contrastive_loss(
@@ -49,15 +50,39 @@ def queue_contrastive_loss(
 ) -> tuple[Tensor, Tensor]:
     """queries and teacher [B, D] -> row losses [B] and their gradient [B, D].
 
-    As logits are linear in the query, targets enter by their mean key alone, and the gradient is
-    the mean key of the student's softmax less theirs.
+    A block of keys stays in the cache while its logits become exponentials; once the softmax of
+    whole rows is known, one product with the student's less the targets is the gradient.
     """
     batch = queries.shape[0]
     rows = queries if teacher is None else torch.cat((queries, teacher))
-    log_sums, means, target = _attend(rows, keys)
+    share = 1.0 if teacher is None else 1 - alpha  # of the positives
+    count, positive = queries.new_zeros((batch, 1)), queries.new_zeros((batch,))
+    parts = []
+    for block, same in _blocks(keys):
+        logits = product(rows, block)
+        if same is not None:
+            count = count + same.sum(dim=1, keepdim=True)
+            positive = positive + logits[:batch].where(same, 0.0).sum(dim=1)
+        parts.append(_part(logits, batch))
+    tops, totals, mixed = (torch.stack(of, dim=1) for of in list(zip(*parts, strict=True))[1:])
+    peak = tops.amax(dim=1, keepdim=True)
+    scales = (tops - peak).exp()
+    total = (scales * totals).sum(dim=1, keepdim=True)
+    scales = scales / total
+    target = share * positive / count.squeeze(1)
     if teacher is not None:
-        target = (1 - alpha) * target + alpha * means[batch:]
-    return log_sums[:batch] - (queries * target).sum(dim=1), means[:batch] - target
+        target = target + alpha * (scales[batch:] * mixed).sum(dim=1)
+    slope = torch.zeros_like(queries)
+    for (block, same), part, scale in zip(
+        _blocks(keys), parts, scales.split(1, dim=1), strict=True
+    ):
+        weights = part.weights[:batch].mul_(scale[:batch])
+        if teacher is not None:
+            weights.addcmul_(part.weights[batch:], -alpha * scale[batch:])
+        if same is not None:
+            weights.sub_(same * (share / count))
+        slope = slope + product(weights, block.T)
+    return (peak + total.log())[:batch].squeeze(1) - target, slope
 
 
 @torch.no_grad()
