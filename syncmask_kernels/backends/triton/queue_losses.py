@@ -65,7 +65,7 @@ def slope_launches(
 
 
 def _parts(queue: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The columns of a queue in `dtype`: all at once or, where they must be cast, some at a time."""
+    """The columns of a queue in `dtype`: all at once or, where they must be cast, a few."""
     size = queue.shape[1] if queue.dtype == dtype else CAST_COLUMNS
     for start in range(0, queue.shape[1], max(size, 1)):
         part = slice(start, start + size)
