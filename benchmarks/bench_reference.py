@@ -53,7 +53,8 @@ def drawn(config: PretrainConfig, tokenizer: Any) -> Batch:
     ids = ids.masked_fill(~valid, 0).masked_fill(place == 0, 2).masked_fill(place == words + 1, 3)
     pixels = torch.rand(rows, 3, side, side, generator=generator) * 2 - 1
     word_ids = (place - 1).expand(rows, -1).masked_fill(~valid, -1)
-    batch = Batch(pixels, ids, ids != 0, valid, word_ids, torch.arange(rows))
+    numbers = torch.arange(rows)
+    batch = Batch(pixels, ids, ids != 0, valid, word_ids, numbers, numbers)
     return Batch(*(x.to(DEVICE) for x in batch))
 
 

@@ -45,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sync, young teacher": {"random_mask_steps": 100},
     "sync, grown teacher": {"random_mask_steps": 600},
     "sync, hardest negatives": {"negatives": "hardest"},
+    "sync, batches of the hardest": {"batches": "hardest"},
+    "sync, batches of the semi-hard": {"batches": "semi_hard"},
 }
 PATCH_SHARE = 0.25
 CHUNK = 256

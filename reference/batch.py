@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     """int64 ``[B, T]``: pieces of one word share an id"""
     item_ids: Tensor
     """int64 ``[B]``: pairs of one item share an id"""
+    rows: Tensor
+    """int64 ``[B]``, on the CPU: which pairs of the data set these are"""
 
 
 def make_batch(
@@ -51,6 +53,7 @@ def make_batch(
         smk.token_valid(input_ids, tokenizer.all_special_ids),
         pairs["word_ids"][:, :length].to(device),
         pairs["item_id"].to(device),
+        pairs["index"],
     )
 
 

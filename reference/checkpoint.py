@@ -8,7 +8,9 @@ a function of the seed and the step.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
 
+from reference import ranks
 from reference.config import PretrainConfig
 from reference.methods import METHODS
 from reference.model import DualEncoder
 from reference.run_files import atomic_path, load_json, save_json
+from syncmask_kernels import GroupedBatchSampler
 
 
 class CheckpointError(RuntimeError):
@@ -39,8 +43,17 @@ class TrainState:
     objective: nn.Module
     optimizer: Optimizer
     schedule: LambdaLR
+    sampler: GroupedBatchSampler | None = None
     step: int = 0
     seconds: float = 0.0
+    _batches: Iterator[list[int]] | None = None
+
+    def next_rows(self) -> list[int]:
+        """The pairs of the next grouped batch of this process, in one epoch after the other."""
+        assert self.sampler is not None
+        if self._batches is None:
+            self._batches = chain.from_iterable(repeat(self.sampler))
+        return next(self._batches)
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -58,10 +71,15 @@ def save_checkpoint(
 
     The folder gets its name when all its files are on the disk; older ones go after that.
 
+    All ranks call it, and the first one writes.
+
     Raises:
         CheckpointError: the disk is full or refuses; the older checkpoints are still there.
     """
+    samplers = None if state.sampler is None else ranks.gathered(state.sampler.state_dict())
     folder = Path(run_dir) / "checkpoints" / f"step-{state.step:08d}"
+    if ranks.rank() > 0:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(".*.tmp"):
         shutil.rmtree(leftover)
@@ -69,7 +87,7 @@ def save_checkpoint(
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             try:
-                _write(temporary, state, config, tokenizer)
+                _write(temporary, state, config, tokenizer, samplers)
             except BaseException:
                 shutil.rmtree(temporary)
                 raise
@@ -83,7 +101,11 @@ def save_checkpoint(
 
 
 def _write(
-    folder: Path, state: TrainState, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    state: TrainState,
+    config: PretrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    samplers: list[dict[str, Any]] | None,
 ) -> None:
     optimizer = state.optimizer.state_dict()
     moments = {
@@ -108,6 +130,8 @@ def _write(
         "schedule": state.schedule.state_dict(),
     }
     save_json(folder / "state.json", progress)
+    if samplers is not None:
+        torch.save(samplers, folder / "samplers.pt")
 
 
 def load_checkpoint(folder: str | Path, state: TrainState) -> None:
@@ -123,6 +147,13 @@ def load_checkpoint(folder: str | Path, state: TrainState) -> None:
     state.optimizer.load_state_dict({"state": moments, "param_groups": progress["param_groups"]})
     state.schedule.load_state_dict(progress["schedule"])
     state.step, state.seconds = progress["step"], progress["seconds"]
+    if state.sampler is not None:
+        samplers = torch.load(folder / "samplers.pt")
+        if len(samplers) != ranks.size():
+            raise CheckpointError(
+                f"{folder} is of {len(samplers)} processes with grouped batches, not {ranks.size()}"
+            )
+        state.sampler.load_state_dict(samplers[ranks.rank()])
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

@@ -89,6 +89,10 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
     learning_rate: float = _option(1e-3, "Peak, reached after the warm-up, cosine to 0.")
     warmup_steps: int = _option(60, "Steps of linear warm-up.")
     weight_decay: float = _option(0.05, "AdamW's, of matrices.")
+    batches: Literal["shuffled", "hardest", "semi_hard"] = _option(
+        "shuffled", "From the second epoch on: shuffled, or grouped by similarity, as in GRIT-VLP."
+    )
+    search_space: int = _option(1920, "Pairs of a group, from which similar ones share a batch.")
     negatives: Literal["semi_hard", "multinomial", "hardest"] = _option(
         "semi_hard", "How the wrong pairs of ITM are chosen in a batch."
     )
@@ -121,7 +125,7 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
             raise ValueError(f"distillation must lie in [0, 1], got {self.distillation}")
         if not 0 <= self.mlm_mask <= 1:
             raise ValueError(f"mlm_mask must lie in [0, 1], got {self.mlm_mask}")
-        counts = ("steps", "accumulate", "distillation_steps", "keep_checkpoints")
+        counts = ("steps", "accumulate", "distillation_steps", "keep_checkpoints", "search_space")
         for name in (*counts, "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -44,7 +44,7 @@ from reference.checkpoint import (
     save_checkpoint,
 )
 from reference.config import PretrainConfig
-from reference.data import Data
+from reference.data import Data, PairDataset
 from reference.evaluate import evaluate
 from reference.examples import examples
 from reference.methods import METHODS, Method
@@ -75,12 +75,14 @@ def _pretrain(config: PretrainConfig) -> Path:
     ranks.wait()
     saved = checkpoints(run)[-1] if checkpoints(run) else None
     data = config.load_data(load_tokenizer(saved) if saved else None)
-    state = build(config, data.tokenizer)
+    state = build(config, data.tokenizer, data.train)
     if saved:
         load_checkpoint(saved, state)
     if ranks.rank() > 0:
         for _ in range(state.step, config.steps):
             train_step(state, data, config)
+            if state.step % config.save_every == 0 or state.step == config.steps:
+                save_checkpoint(run, state, config, data.tokenizer)
         return run
     keep_metrics(run, state.step)
     train(state, data, config, run)
@@ -112,8 +114,13 @@ class Objective(nn.Module):
         return iter(())
 
 
-def build(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainState:
-    """A freshly initialised model and teacher, with their optimiser and schedule."""
+def build(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, pairs: PairDataset | None = None
+) -> TrainState:
+    """A freshly initialised model and teacher, with their optimiser and schedule.
+
+    With `pairs` they are sampled as `config.batches` says.
+    """
     torch.manual_seed(derived_seed(config.seed, "initialisation", 0))
     method, device = METHODS[config.method], ranks.device()
     model = method.model(config, len(tokenizer), tokenizer.pad_token_id).to(device)
@@ -138,7 +145,18 @@ def build(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> TrainSt
         fused=True,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    return TrainState(model, teacher, objective, optimizer, schedule)
+    sampler = None
+    if pairs is not None and config.batches != "shuffled":
+        sampler = smk.GroupedBatchSampler(
+            len(pairs),
+            config.batch_size,
+            search_space=config.search_space,
+            item_ids=pairs.item_ids,
+            mode=config.batches,
+            drop_last=True,
+            seed=config.seed,
+        )
+    return TrainState(model, teacher, objective, optimizer, schedule, sampler)
 
 
 def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> None:
@@ -183,17 +201,24 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
 
 def step_batches(state: TrainState, data: Data, config: PretrainConfig) -> Iterator[Batch]:
     """The batches of this process in this step; texts of all processes are cut alike."""
+    if state.sampler is not None:
+        whole = data.train.input_ids.shape[1]
+        for _ in range(config.accumulate):
+            yield _batch(data, torch.tensor(state.next_rows()), whole, config)
+        return
     together = config.batch_size * ranks.size()
     rows = step_indices(len(data.train), together * config.accumulate, state.step, config.seed)
     for part in rows.split(together):
         attended = data.train.input_ids[part] != data.tokenizer.pad_token_id
         own = part[config.batch_size * ranks.rank() :][: config.batch_size]
-        batch = make_batch(
-            data.train[own], data.tokenizer, ranks.device(), int(attended.sum(dim=1).max())
-        )
-        if config.augment:
-            batch = batch._replace(pixels=crop_and_flip(batch.pixels))
-        yield batch
+        yield _batch(data, own, int(attended.sum(dim=1).max()), config)
+
+
+def _batch(data: Data, rows: Tensor, length: int, config: PretrainConfig) -> Batch:
+    batch = make_batch(data.train[rows], data.tokenizer, ranks.device(), length)
+    if config.augment:
+        batch = batch._replace(pixels=crop_and_flip(batch.pixels))
+    return batch
 
 
 def update(
@@ -213,6 +238,8 @@ def update(
                     losses = state.objective(step)
                 loss = torch.stack([term.float() for term in losses.values()]).sum()
                 (loss / config.accumulate).backward()
+            if state.sampler is not None and step.features is not None:
+                state.sampler.record(batch.rows, *(x.float() for x in step.features))
             rows.append({"loss": loss.detach()} | {k: v.detach() for k, v in losses.items()})
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
         state.optimizer.step()

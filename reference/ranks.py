@@ -85,6 +85,14 @@ def mean(x: Tensor) -> Tensor:
     return total / size()
 
 
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
+    values = [value] * size()
+    if size() > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
 def share(loss: Tensor, count: Tensor) -> Tensor:
     """`loss`, the mean over `count` positions of this rank, as its part of the mean over all ranks.
 

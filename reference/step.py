@@ -27,6 +27,8 @@ class Step(Generic[Model]):
     index: int
     tokenizer: PreTrainedTokenizerBase
     config: PretrainConfig
+    features: tuple[Tensor, Tensor] | None = None
+    """Of images and texts ``[B, projection]``, without gradient, once ITC has made them."""
 
     @cached_property
     @torch.no_grad()

@@ -114,6 +114,39 @@ def test_plain_operators_train_the_same(data: Data, method: str, noise: float) -
     torch.testing.assert_close(parameters, plain_parameters, rtol=1e-2, atol=1e-3)
 
 
+def test_grouped_batches_resume_in_the_middle_of_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretraining, "write_report", lambda run: run)
+    options: dict[str, Any] = {
+        "batches": "semi_hard", "steps": 8, "log_every": 1, "save_every": 5, "eval_every": 8,
+        "keep_checkpoints": 2, "search_space": 16,
+    }  # fmt: skip
+    seen: list[list[int]] = []
+    record = smk.GroupedBatchSampler.record
+
+    def spy(self: Any, rows: Tensor, *features: Tensor) -> None:
+        seen.append(rows.tolist())
+        record(self, rows, *features)
+
+    monkeypatch.setattr(smk.GroupedBatchSampler, "record", spy)
+    pretrain(PretrainConfig(**SIZES | options, output=str(tmp_path / "whole")))
+    whole = list(seen)
+    for epoch in (whole[:3], whole[3:6]):  # 24 pairs
+        assert sorted(row for batch in epoch for row in batch) == list(range(24))
+    _, last = checkpoints(tmp_path / "whole")
+    last.rename(tmp_path / "away")
+    seen.clear()
+    rows = load_metrics(tmp_path / "whole")
+    pretrain(PretrainConfig(**SIZES | options, output=str(tmp_path / "whole"), resume=True))
+    assert seen == whole[5:]
+
+    def logged(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    assert logged(load_metrics(tmp_path / "whole")) == logged(rows)
+
+
 # ---- what the methods share ----
 
 

@@ -72,15 +72,19 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     )
 
 
-def test_two_processes_keep_equal_queues_and_resume(tmp_path: Path) -> None:
-    options = {"batch_size": 4, "queue_size": 12, "distillation": 0.4, "method": "simla"}
-    run_in_two(tmp_path / "whole", **options)
-    run_in_two(tmp_path / "cut", **options | {"keep_checkpoints": 2})
-    first, last = checkpoints(tmp_path / "cut")
+def test_two_processes_resume_with_their_queues_and_grouped_batches(tmp_path: Path) -> None:
+    options = {
+        "batch_size": 4, "queue_size": 12, "distillation": 0.4, "method": "simla",
+        "batches": "hardest", "keep_checkpoints": 2,
+    }  # fmt: skip
+    run = tmp_path / "run"
+    run_in_two(run, **options)
+    whole = losses(run)
+    middle, last = checkpoints(run)
     last.rename(tmp_path / "away")
-    run_in_two(tmp_path / "cut", **options | {"resume": True})
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    model, _, _ = load_model(first, "model")
+    run_in_two(run, **options | {"resume": True})
+    assert losses(run) == whole
+    model, _, _ = load_model(middle, "model")
     assert (model.queue.item_ids >= 0).all()  # 2 steps of 4 pairs of each of 2 ranks
 
 

@@ -42,6 +42,7 @@ def contrast(step: Step[Any], image: Tensor, text: Tensor) -> tuple[Tensor, Simi
     """ITC of encoded images and texts, and the similarities it looks at within the batch."""
     student, teacher, items = step.student, step.teacher, step.batch.item_ids
     image_feat, text_feat = student.image_features(image), student.text_features(text)
+    step.features = image_feat.detach(), text_feat.detach()
     own = torch.arange(len(items), device=items.device)
     if student.queue is None and step.config.distillation == 0:
         i2t = image_feat @ ranks.of_all(text_feat).T / student.temperature
