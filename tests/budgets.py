@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 import syncmask_kernels as smk
 from syncmask_kernels import backends
-from tests import negatives_calls
+from tests import negatives_calls, queue_cases
 from tests.cross_entropy_calls import cross_entropy
 from tests.gpu_on_cpu.build import call, nvcc_ptx
 from tests.gpu_on_cpu.cuda_launch import SOURCES, cuda_on_cpu
@@ -233,7 +233,7 @@ def moved(backend: str) -> Rows:
     if backend == "triton":
         calls |= patch_calls() | loss_calls()
     if backend == "triton":
-        calls |= negatives_calls.counted()
+        calls |= negatives_calls.counted() | queue_cases.counted()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]
     rows: Rows = {}
     with on_cpu(PTX_ARCHITECTURE) as traffic, smk.use_backend(backend):

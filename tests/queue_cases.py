@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+import syncmask_kernels as smk
 from reference.ops import queue_losses as oracle
 from tests.accuracy import assert_as_accurate
 
+NAMES = ("image_feat", "text_feat", "image_key", "text_key", "image_queue", "text_queue")
 B, D, Q = 5, 8, 23
 ITEMS = torch.tensor([3, 7, 3, 9, 4])
 
@@ -100,3 +102,20 @@ def assert_accurate(got, case, options):
     truth = gradients(oracle.queue_contrastive_loss, case, options, torch.Tensor.double)
     for value, own, want in zip(got, same_type, truth, strict=True):
         assert_as_accurate(value, own, want, factor=2.0)
+
+
+def counted():
+    """A call whose memory traffic docs/budgets.md has: the loss, and the gradient of both sides."""
+
+    def contrast(image_feat, text_feat, **rest):
+        leaves = [x.detach().requires_grad_() for x in (image_feat, text_feat)]
+        loss = smk.queue_contrastive_loss(*leaves, temperature=0.1, alpha=0.4, **rest)[0]
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 16)] * 4 + [(16, 4096)] * 2
+    drawn = {
+        name: torch.randn(shape, generator=generator) / 4
+        for name, shape in zip(NAMES, shapes, strict=True)
+    }
+    return {"queue_contrastive_loss [8, 16] x [16, 4096], soft": (contrast, drawn)}

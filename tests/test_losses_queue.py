@@ -14,9 +14,7 @@ from reference.ops import queue_losses as oracle
 from syncmask_kernels.backends.eager import queue_losses as eager
 from tests.compiling import assert_compiles_once
 from tests.enqueue_rank import enqueue_of_a_rank
-from tests.queue_cases import CASES, ITEMS, B, Case, D, Q, assert_accurate, gradients
-
-NAMES = ("image_feat", "text_feat", "image_key", "text_key", "image_queue", "text_queue")
+from tests.queue_cases import CASES, ITEMS, NAMES, B, Case, D, Q, assert_accurate, gradients
 
 
 @pytest.fixture(autouse=True)
