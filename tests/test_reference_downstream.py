@@ -218,22 +218,21 @@ def encodings(train: Features, val: Features, labels: tuple[list[str], list[str]
 
 def test_probes_recognise_what_their_input_tells() -> None:
     torch.manual_seed(0)
-    kinds = torch.arange(300) % 3
-    labels = [["bag", "bag", "cap"][kind] for kind in kinds]
-    telling, noise = F.one_hot(kinds, 3) + 0.1 * torch.randn(300, 3), torch.randn(300, 3)
+    kinds = torch.arange(300) % 4
+    labels = [["bag", "bag", "cap", "sock"][kind] for kind in kinds]
+    telling, noise = F.one_hot(kinds, 4) + 0.1 * torch.randn(300, 4), torch.randn(300, 4)
     train = Features(telling, noise, None, noise, noise)
     val = Features(telling[:90], noise[:90], None, noise, noise)
-    names = labels[:87] + ["hat"] * 3
+    # 46 bags, 22 caps, and 22 hats that look like socks.
+    names = [{"sock": "hat"}.get(label, label) for label in labels[:90]]
     found = recognise(encodings(train, val, (labels, names)), "kind")
     assert set(found["probes"]) == {"image", "text"}
-    # Three bags or caps are called hats: 2 and 1 of them.
-    assert found["probes"]["image"]["accuracy"] == pytest.approx(87 / 90)
-    bag, cap = (2 * n / (2 * n + missed) for n, missed in ((58, 2), (29, 1)))
-    assert found["probes"]["image"]["macro_f"] == pytest.approx((bag + cap + 0) / 3)
-    assert found["probes"]["text"]["accuracy"] < 0.8
-    assert found["chance"]["most_frequent"]["accuracy"] == pytest.approx(58 / 90)
-    assert found["chance"]["uniform"]["accuracy"] == pytest.approx(87 / 90 / 2, abs=0.02)
-    assert (found["classes"], found["unseen"]) == (2, 3)
+    assert found["probes"]["image"]["accuracy"] == pytest.approx(68 / 90)
+    assert found["probes"]["image"]["macro_f"] == pytest.approx(2 / 3)
+    assert found["probes"]["text"]["accuracy"] < 0.6
+    assert found["chance"]["most_frequent"]["accuracy"] == pytest.approx(46 / 90)
+    assert found["chance"]["uniform"]["accuracy"] == pytest.approx(68 / 90 / 3, abs=0.02)
+    assert (found["classes"], found["unseen"]) == (3, 22)
 
 
 def test_fused_features_of_every_method_see_image_and_text() -> None:
