@@ -105,7 +105,7 @@ class Chosen {
   std::optional<Rows<bool>> mask_;
 };
 
-// A prediction and its target, as a thread holds them.
+// A prediction and its target, as a thread holds them: with zeros after their values.
 class Pair {
  public:
   Pair(const Patches& preds, const Patches& targets, bool norm_pix)

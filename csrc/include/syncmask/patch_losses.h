@@ -1,5 +1,5 @@
-// Losses of patches and their gradients. A patch is held in the first cache as float32, flattened
-// and padded with zeros to whole vectors, which add nothing to the sums that follow.
+// Losses of patches and their gradients. A patch is held in the first cache as float32, flattened,
+// in room for whole vectors; what is left of the last one is zero, which adds nothing to sums.
 #pragma once
 
 #include <algorithm>
@@ -18,15 +18,13 @@ struct Patch {
   const T* first;
   int64_t rows, columns, channels;
   int64_t row, column, channel;
-
-  SYNCMASK_INLINE int64_t values() const { return rows * columns * channels; }
 };
 
 SYNCMASK_INLINE int64_t whole_vectors(int64_t values) {
   return (values + kLanes - 1) / kLanes * kLanes;
 }
 
-// values [whole_vectors]: the patch, then zeros.
+// values = the patch
 template <typename T>
 SYNCMASK_INLINE void read(const Patch<T>& patch, float* values) {
   const int64_t columns = patch.columns, channels = patch.channels, width = columns * channels;
@@ -50,8 +48,6 @@ SYNCMASK_INLINE void read(const Patch<T>& patch, float* values) {
       }
     }
   }
-  const int64_t count = patch.values();
-  std::fill(values + count, values + whole_vectors(count), 0.0f);
 }
 
 // The sum of term(pred, want) over the vectors of two patches.
