@@ -11,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from syncmask_kernels.backends.triton.attention_kernels import finite_or_zero
-
 
 @triton.jit
 def part_of_row(
@@ -47,7 +45,7 @@ def part_of_row(
 def softmax_sums(logits):
     """The maximum of logits, their exponentials below it, and the sum of those."""
     top = tl.max(logits, 0)
-    weights = tl.exp(logits - finite_or_zero(top))
+    weights = tl.exp(logits - top)
     return top, weights, tl.sum(weights, 0)
 
 
@@ -82,7 +80,7 @@ def sums_kernel(
 def merged(tops, stride, known):
     """Of a row's parts: their maximum, their exponentials to it, and the sum of the softmax."""
     parts = tl.load(tops, known, float("-inf"))
-    top = finite_or_zero(tl.max(parts, 0))
+    top = tl.max(parts, 0)
     weights = tl.exp(parts - top)
     return top, weights, tl.sum(weights * tl.load(tops + stride, known, 0.0), 0)
 
