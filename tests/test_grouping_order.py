@@ -136,6 +136,23 @@ def test_infinite_similarities(backend: str) -> None:
             check(image, text, start=start, mode=mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_overflowing_similarities(backend: str, mode: str) -> None:
+    """Infinite in float32."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(-2, 3, (2, 50, 1), generator=generator).float()
+    image, text = drawn * torch.where(torch.rand(2, 50, 1, generator=generator) < 0.7, 2.0**80, 1.0)
+    for start in range(5):
+        got = smk.grouped_order(image, text, mode=mode, start=start)
+        assert got.tolist() == oracle(image, text, mode=mode, start=start)
+
+
+def test_long_rows_of_one_sign(backend: str) -> None:
+    """The sums of their bytes would not fit into 32 bits."""
+    image, text = (x.abs() + 1 for x in whole_numbers(20, 1300))
+    check(image, text)
+
+
 def test_no_gradient_and_nothing_changes(backend: str) -> None:
     image, text = (x.requires_grad_() for x in unit(20, 4))
     before = image.clone(), text.clone()
