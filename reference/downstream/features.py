@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from reference.batch import Batch, make_batch
 from reference.data import Data, PairDataset
 from reference.data.tokenizer import tokenize
-from reference.model import DualEncoder, SimlaModel, SyCoCaModel, SyncMaskModel
-from reference.model.sycoca import last_word_first
+from reference.model import DualEncoder
 
 CHUNK = 256
 
@@ -28,8 +27,8 @@ class Features(NamedTuple):
     """``[N, D]``: the first state (CLS) of the encoded image, which knows no text"""
     text: Tensor
     """``[N, D]``: the first state of the encoded text"""
-    fused: Tensor | None
-    """``[N, D]``: the first state of text and image fused; None: the model fuses nothing"""
+    fused: Tensor
+    """``[N, D]``: the first state of text and image fused"""
     image_features: Tensor
     """``[N, P]``, of unit length: the projection that is compared with texts'"""
     text_features: Tensor
@@ -62,7 +61,7 @@ def features(
             pairs |= {"input_ids": words[0][places], "word_ids": words[1][places]}
         chunks.append(_encode(model, make_batch(pairs, tokenizer, model.temperature.device)))
     columns = zip(*chunks, strict=True)
-    return Features._make(None if values[0] is None else torch.cat(values) for values in columns)
+    return Features._make(map(torch.cat, columns))
 
 
 @dataclass
@@ -85,24 +84,11 @@ class Encodings:
 def _encode(model: DualEncoder, batch: Batch) -> Features:
     image = model.encode_image(batch.pixels)
     text = model.encode_text(batch.input_ids, batch.attended)
-    fused = _fused(model, batch, image, text)
+    fused = model.encode_pair(batch.input_ids, batch.attended, image)
     return Features(
         image[:, 0].cpu(),
         text[:, 0].cpu(),
-        None if fused is None else fused[:, 0].cpu(),
+        fused[:, 0].cpu(),
         model.image_features(image).cpu(),
         model.text_features(text).cpu(),
     )
-
-
-def _fused(model: DualEncoder, batch: Batch, image: Tensor, text: Tensor) -> Tensor | None:
-    """Texts that have seen their images ``[B, T, D]``; the first state stands for the pair."""
-    attended = batch.attended
-    if isinstance(model, SyncMaskModel):
-        return model.fuse(text, attended, image)
-    if isinstance(model, SimlaModel):
-        return model.read(batch.input_ids, attended, image)
-    if isinstance(model, SyCoCaModel):
-        words = model.read(batch.input_ids, attended)
-        return last_word_first(model.describe(words, attended, image), attended)
-    return None

@@ -92,6 +92,10 @@ class DualEncoder(nn.Module, ABC):
     def encode_text(self, input_ids: Tensor, attended: Tensor) -> Tensor:
         """Encode texts ``[B, T]``; `attended` ``[B, T]`` is False at padding."""
 
+    @abstractmethod
+    def encode_pair(self, input_ids: Tensor, attended: Tensor, image: Tensor) -> Tensor:
+        """Texts that have seen their encoded images; the first state stands for the pair."""
+
     def image_features(self, image: Tensor) -> Tensor:
         """Unit features ``[B, projection]`` of encoded images."""
         return F.normalize(self.image_projection(image[:, 0]), dim=-1)

@@ -52,6 +52,10 @@ class SimlaModel(DualEncoder):
         hidden: Tensor = self.stack(self.stack.embed(input_ids), attended)
         return hidden
 
+    def encode_pair(self, input_ids: Tensor, attended: Tensor, image: Tensor) -> Tensor:
+        """Texts that have seen their encoded images ``[B, T, width]``."""
+        return self.read(input_ids, attended, image)
+
     def read(
         self,
         input_ids: Tensor,

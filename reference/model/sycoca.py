@@ -55,6 +55,11 @@ class SyCoCaModel(DualEncoder):
         """Encode texts ``[B, T]``; the state of the last word stands first."""
         return last_word_first(self.read(input_ids, attended), attended)
 
+    def encode_pair(self, input_ids: Tensor, attended: Tensor, image: Tensor) -> Tensor:
+        """Texts that have seen their encoded images; the state of the last word stands first."""
+        told = self.describe(self.read(input_ids, attended), attended, image)
+        return last_word_first(told, attended)
+
     def describe(self, words: Tensor, attended: Tensor, image: Tensor) -> Tensor:
         """Words, each knowing those before it only, query the image."""
         fused: Tensor = self.text_decoder(words, attended, image, causal=True)

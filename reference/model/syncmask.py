@@ -57,6 +57,10 @@ class SyncMaskModel(DualEncoder):
         hidden: Tensor = self.text_encoder(input_ids, attention_mask=attended).last_hidden_state
         return hidden
 
+    def encode_pair(self, input_ids: Tensor, attended: Tensor, image: Tensor) -> Tensor:
+        """Texts that have seen their encoded images ``[B, T, width]``."""
+        return self.fuse(self.encode_text(input_ids, attended), attended, image)
+
     def fuse(
         self,
         text: Tensor,
