@@ -149,8 +149,10 @@ def masked_linear_cross_entropy(
             `ids` and `capacity` are given, or (on the CPU) a label or an id is out of range.
 
     Deterministic, as far as torch's own matrix product is. Without `ids` and `capacity` the CPU
-    looks up the labelled rows (shapes depend on the data); a GPU, or compiled code, goes through
-    all rows, a part at a time, so nothing waits for the device.
+    looks up the labelled rows (shapes depend on the data). A GPU is never waited for: Triton
+    streams over the vocabulary, and rows without a label cost next to nothing; `ids` or `capacity`
+    are faster where few rows are labelled, for they allow PyTorch's products. There a label beyond
+    the vocabulary makes the loss NaN. Plain PyTorch goes through all rows, a part at a time.
 
     Source: the MLM loss of ALBEF `models/xbert.py` (with momentum distillation, over the vocabulary
     axis), which projects every row.
