@@ -19,9 +19,29 @@ SYNCMASK_CLONES void read_query(const float* row, int64_t dim, int64_t width, Qu
   query.read(row, dim, width);
 }
 
-SYNCMASK_CLONES void bound_rows(const Query& query, const int8_t* rows, const float* scales,
-                                int64_t count, int64_t width, float* low, float* high) {
-  bound(query, rows, scales, count, width, low, high);
+SYNCMASK_CLONES void bound_rows(const Query& query, const int32_t* sums, const float* scales,
+                                int64_t count, float* low, float* high) {
+  bound(query, sums, scales, count, low, high);
+}
+
+void products_of(const Query& query, const int8_t* rows, int64_t count, int64_t width,
+                 int32_t* sums) {
+#ifdef SYNCMASK_AVX2_AT_RUN_TIME
+  if (__builtin_cpu_supports("avx2")) {
+    return products_avx2(query.values, rows, count, width, sums);
+  }
+#endif
+  products(query.values, rows, count, width, sums);
+}
+
+SYNCMASK_CLONES float floor_of_rows(const float* low, const float* high, int64_t count,
+                                    float ceiling) {
+  return floor_of(low, high, count, ceiling);
+}
+
+SYNCMASK_CLONES int64_t hopeful_rows(const float* low, const float* high, int64_t count,
+                                     float floor, float ceiling, uint32_t* places) {
+  return hopeful(low, high, count, floor, ceiling, places);
 }
 
 SYNCMASK_CLONES float similarity(const float* a, const float* b, int64_t dim) {
@@ -67,8 +87,10 @@ class Chain {
         unused_(count_),
         place_(count_),
         free_at_(item_ids ? count_ : 0),
+        sums_(count_),
         low_(count_),
         high_(count_),
+        hopeful_(count_ + 1),
         values_(width_) {
     std::iota(unused_.begin(), unused_.end(), 0);
     std::iota(place_.begin(), place_.end(), 0);
@@ -99,18 +121,21 @@ class Chain {
     read_query(row, dim_, width_, query);
     const int64_t grain = std::max<int64_t>(1, kBytesOfThread / width_);
     torch::stable::parallel_for(0, count_, grain, [&](int64_t begin, int64_t end) {
-      bound_rows(query, to.bytes.data() + begin * width_, to.scales.data() + begin, end - begin,
-                 width_, low_.data() + begin, high_.data() + begin);
+      const int64_t count = end - begin;
+      products_of(query, to.bytes.data() + begin * width_, count, width_, sums_.data() + begin);
+      bound_rows(query, sums_.data() + begin, to.scales.data() + begin, count,
+                 low_.data() + begin, high_.data() + begin);
     });
-    float floor = -INFINITY;
-    for (int64_t i = 0; i < count_; ++i) {
-      if (high_[i] < wish.ceiling && low_[i] > floor && apart(i, step)) floor = low_[i];
+    for (int64_t i = 0; !free_at_.empty() && i < count_; ++i) {
+      if (!apart(i, step)) low_[i] = NAN;  // of whom the others are not measured by
     }
-    // A bound that is NaN skips nothing.
-    const auto hopeless = [&](int64_t i) { return high_[i] < floor || low_[i] >= wish.ceiling; };
-    const uint64_t best = best_of(row, to, wish, step, hopeless);
+    const float floor = floor_of_rows(low_.data(), high_.data(), count_, wish.ceiling);
+    const int64_t found = hopeful_rows(low_.data(), high_.data(), count_, floor, wish.ceiling,
+                                       hopeful_.data());
+    const uint64_t best = best_of(row, to, wish, step, hopeful_.data(), found);
     if (best >= Wish::kind(2) || !semi_hard_) return Wish::example(best);
-    return Wish::example(best_of(row, to, wish, step, [](int64_t) { return false; }));
+    std::iota(hopeful_.begin(), hopeful_.begin() + count_, 0);
+    return Wish::example(best_of(row, to, wish, step, hopeful_.data(), count_));
   }
 
  private:
@@ -118,15 +143,13 @@ class Chain {
     return free_at_.empty() || free_at_[unused_[place]] <= step;
   }
 
-  template <typename Skips>
   uint64_t best_of(const float* row, const Features& to, const Wish& wish, int64_t step,
-                   const Skips& skips) const {
+                   const uint32_t* places, int64_t count) const {
     uint64_t best = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      if (skips(i)) continue;
-      const uint32_t example = unused_[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t example = unused_[places[i]];
       const uint64_t rank =
-          apart(i, step) ? wish.rank(similarity(row, to.rows.row(example), dim_), example)
+          apart(places[i], step) ? wish.rank(similarity(row, to.rows.row(example), dim_), example)
                          : Wish::last_resort(example);
       best = std::max(best, rank);
     }
@@ -140,7 +163,9 @@ class Chain {
   Features sides_[2];
   std::vector<uint32_t> unused_, place_;  // place_ is where an example stands in unused_
   std::vector<int64_t> free_at_;          // the step from which on an example's item may come again
+  std::vector<int32_t> sums_;
   std::vector<float> low_, high_;
+  std::vector<uint32_t> hopeful_;  // places whose similarities need to be known exactly
   std::vector<int16_t> values_;
 };
 
