@@ -227,13 +227,12 @@ def loss_calls() -> dict[str, Call]:
 
 def moved(backend: str) -> Rows:
     """What calls move, in all and by kernel, next to their inputs and outputs, moved once."""
-    calls = selection_calls() | (attention_calls() if backend == "triton" else grouping_calls())
+    calls = selection_calls()
     if backend == "triton":
-        calls |= masking_calls()
-    if backend == "triton":
-        calls |= patch_calls() | loss_calls()
-    if backend == "triton":
+        calls |= attention_calls() | masking_calls() | patch_calls() | loss_calls()
         calls |= negatives_calls.counted() | queue_cases.counted()
+    else:
+        calls |= grouping_calls()
     on_cpu = {"triton": triton_on_cpu, "cuda": cuda_on_cpu}[backend]
     rows: Rows = {}
     with on_cpu(PTX_ARCHITECTURE) as traffic, smk.use_backend(backend):
