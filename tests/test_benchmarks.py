@@ -191,7 +191,7 @@ def test_text_tells_where_another_is_faster() -> None:
 
 @on_cpu
 def test_benchmarks_run_and_write_their_table_and_figure(tmp_path: Path) -> None:
-    """One case of every benchmark, once."""
+    """One small case of most benchmarks, once."""
     some = "37 and float32 and not views and not all-words or 577 or attentive or vote"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--no-compile"]
     # pytest-benchmark times nothing in a worker of pytest-xdist, which it tells by these.
@@ -206,9 +206,10 @@ def test_benchmarks_run_and_write_their_table_and_figure(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "folder" / "all.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == {
+    operators = {
         *("head_average", "attention_map", "attention_with_map", "sync_topk_mask"),
         *("sync_topk_mask_qk", "topk_mask", "attentive_mask", "vote_keywords", "max_similarity"),
+        *("mask_patches", "gather_masked", "scatter_masked"),
     }
     for row in rows:
         assert float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
@@ -216,7 +217,7 @@ def test_benchmarks_run_and_write_their_table_and_figure(tmp_path: Path) -> None
         assert row["torch"] == torch.__version__
         assert row["launches"] == ""
     ours = [row for row in rows if row["contender"] == "this library"]
-    assert len(ours) == 9
+    assert {row["op"] for row in ours} == {row["op"] for row in rows} == operators
     assert {row["x_library"] for row in ours} == {"1.000"}
     assert (tmp_path / "folder" / "all.png").read_bytes().startswith(b"\x89PNG")
 
