@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import syncmask_kernels as smk
+from benchmarks.checks import as_accurate
 from benchmarks.measure import DEVICE, rotation
 from benchmarks.report import Case
-from tests.accuracy import assert_as_accurate
 
 # Batch, positions, width, vocabulary and labelled rows: words as in ALBEF, 15 % of them masked,
 # and codes of patches, 75 of 256 masked.
@@ -145,7 +145,7 @@ def bench_masked_linear_cross_entropy(
 
     plain, ours = with_gradients(gather_first), with_gradients(library)
     own, truth = plain(inputs[0]), plain(tuple(_double(x) for x in inputs[0]))
-    _check(ours(inputs[0]), own, truth, 2.0)
+    as_accurate(own, truth, 2.0)(ours(inputs[0]))
     contenders = {
         "four products" if distilled else "three products": products,
         "gather, then F.cross_entropy": plain,
@@ -162,13 +162,8 @@ def bench_masked_linear_cross_entropy(
         contenders,
         inputs,
         # Inductor sums up the gradient of the bias one by one: 7 times the error of PyTorch.
-        lambda got: _check(got, own, truth, 16.0),
+        as_accurate(own, truth, 16.0),
     )
-
-
-def _check(got: Inputs, own: Inputs, truth: Inputs, factor: float) -> None:
-    for part, plain, true in zip(got, own, truth, strict=True):
-        assert_as_accurate(part, plain, true, factor)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -86,17 +86,19 @@ def bench_masked_patch_loss(
     compare: Callable[..., None], compiled: Callable[..., Any], dtype: torch.dtype
 ) -> None:
     inputs = rotation(lambda generator: drawn(generator, dtype))
-    plain = with_gradient(all_patches)
+    plain, ours = with_gradient(all_patches), with_gradient(library)
     own, truth = plain(inputs[0]), plain(tuple(_double(x) for x in inputs[0]))
     contenders = {
         "sum of what is masked, zeros": masked_bytes,
         "all patches, as MAE": plain,
         "gather first": with_gradient(gather_first),
         **{name: with_gradient(f) for name, f in compiled(all_patches).items()},
-        "this library": with_gradient(library),
+        "this library": ours,
     }
+    as_accurate(own, truth, 2.0)(ours(inputs[0]))
     case = Case("masked_patch_loss", SHAPE, dtype, "25 % masked, forward and backward")
-    compare(case, contenders, inputs, as_accurate(own, truth))
+    # Inductor's gradient has 4.1 times the error of PyTorch.
+    compare(case, contenders, inputs, as_accurate(own, truth, 16.0))
 
 
 def _double(tensor: Tensor) -> Tensor:

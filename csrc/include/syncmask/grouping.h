@@ -156,10 +156,20 @@ SYNCMASK_INLINE float floor_of(const float* low, const float* high, int64_t coun
 // The places of rows whose bounds do not rule them out; a bound that is NaN rules out nothing.
 SYNCMASK_INLINE int64_t hopeful(const float* low, const float* high, int64_t count, float floor,
                                 float ceiling, uint32_t* places) {
+  constexpr int64_t kBlock = 16;  // most have no place to write
+  const auto may = [&](int64_t i) { return !(high[i] < floor || low[i] >= ceiling); };
   int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    places[found] = static_cast<uint32_t>(i);
-    found += !(high[i] < floor || low[i] >= ceiling);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t end = std::min(first + kBlock, count);
+    if (end - first == kBlock) {
+      int32_t any = 0;
+      for (int64_t i = 0; i < kBlock; ++i) any |= may(first + i);
+      if (!any) continue;
+    }
+    for (int64_t i = first; i < end; ++i) {
+      places[found] = static_cast<uint32_t>(i);
+      found += may(i);
+    }
   }
   return found;
 }
