@@ -19,6 +19,7 @@ def small(monkeypatch):
     """Three rows at a time where the gradient of the weight has no room, blocks of a few words."""
     monkeypatch.setattr(losses_known_rows, "SPARE_LOGITS", 3 * V)
     monkeypatch.setattr(losses_known_rows, "BLOCK", 40)
+    monkeypatch.setattr(losses_known_rows, "WORDS", 1)
 
 
 @pytest.mark.usefixtures("small")

@@ -18,6 +18,7 @@ from syncmask_kernels.backends.loss_request import Head, Targets
 
 SPARE_LOGITS = 2**22  # alive at a time, of rows for which the gradient of the weight has no room
 BLOCK = 2**18  # logits of a block of words, which stays in the cache
+WORDS = 2**9  # of a block at least, for a fast product
 
 Plain = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -184,7 +185,7 @@ def _add_part(
 
 
 def _blocks(vocabulary: int, rows: int) -> list[slice]:
-    size = max(1, BLOCK // rows)
+    size = max(WORDS, BLOCK // rows)
     return [slice(v, min(v + size, vocabulary)) for v in range(0, vocabulary, size)]
 
 
