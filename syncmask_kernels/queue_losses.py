@@ -191,10 +191,10 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
     """rows [B, ...] of every process, in the order of ranks; of this one where there is no group"""
     if not (distributed.is_available() and distributed.is_initialized()):
         return rows
-    ranks = distributed.get_world_size()
-    gathered = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
-    distributed.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    rows = rows.contiguous()
+    gathered = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, rows)
+    return torch.cat(gathered)
 
 
 def enqueue_(
