@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Kernel(NamedTuple):
     """`run` serves the operator; `refuses` (where given) tells why it cannot serve a call."""
 
     run: Callable[..., Any]
     refuses: Callable[..., str | None] | None = None
+
+
+def refuses_float64(*call: Any) -> str | None:
+    """What kernels say that compute in float32."""
+    wide = any(isinstance(given, Tensor) and given.dtype == torch.float64 for given in call)
+    return "float64 is served by eager only" if wide else None

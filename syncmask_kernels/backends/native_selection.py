@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from syncmask_kernels.backends import overloads
+from syncmask_kernels.backends.kernel import refuses_float64
 from syncmask_kernels.backends.request import Count, Selection, SyncRequest
 
 
@@ -25,12 +25,6 @@ class NativeSelection:
         return Selection(*self._sync_topk_mask(*overloads.selection.sync_arguments(request)))
 
 
-def refuses_topk_mask(scores: Tensor) -> str | None:
-    return "float64 is served by eager only" if scores.dtype == torch.float64 else None
-
-
 def refuses_sync_topk_mask(request: SyncRequest) -> str | None:
     floats = (request.scoring.attn, request.patch_scores, request.token_scores)
-    if any(t is not None and t.dtype == torch.float64 for t in floats):
-        return "float64 is served by eager only"
-    return None
+    return refuses_float64(*floats)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from syncmask_kernels.backends import native
-from syncmask_kernels.backends.kernel import Kernel
+from syncmask_kernels.backends.kernel import Kernel, refuses_float64
 
 KERNELS: dict[str, Kernel] = {}
 _missing, _state = native.load("cpu")
@@ -17,21 +17,21 @@ if _missing is None:
         selection,
     )
 
-    KERNELS["head_average"] = Kernel(attention.head_average, attention.refuses)
-    KERNELS["attention_map"] = Kernel(attention.attention_map, attention.refuses)
-    KERNELS["attention_with_map"] = Kernel(attention.attention_with_map, attention.refuses)
-    KERNELS["topk_mask"] = Kernel(selection.topk_mask, selection.refuses_topk_mask)
+    KERNELS["head_average"] = Kernel(attention.head_average, refuses_float64)
+    KERNELS["attention_map"] = Kernel(attention.attention_map, refuses_float64)
+    KERNELS["attention_with_map"] = Kernel(attention.attention_with_map, refuses_float64)
+    KERNELS["topk_mask"] = Kernel(selection.topk_mask, refuses_float64)
     KERNELS["sync_topk_mask"] = Kernel(selection.sync_topk_mask, selection.refuses_sync_topk_mask)
     KERNELS["sync_scores_qk"] = Kernel(selection.sync_scores_qk, selection.refuses_sync_scores_qk)
-    KERNELS["max_similarity"] = Kernel(selection.max_similarity, selection.refuses_topk_mask)
-    KERNELS["sample_negatives"] = Kernel(negatives.sample_negatives, attention.refuses)
-    KERNELS["grouped_order"] = Kernel(grouping.grouped_order, grouping.refuses)
+    KERNELS["max_similarity"] = Kernel(selection.max_similarity, refuses_float64)
+    KERNELS["sample_negatives"] = Kernel(negatives.sample_negatives, refuses_float64)
+    KERNELS["grouped_order"] = Kernel(grouping.grouped_order, refuses_float64)
     KERNELS["mask_patches"] = Kernel(masking.mask_patches, masking.refuses_sum)
     KERNELS["masked_sum"] = Kernel(masking.masked_sum, masking.refuses_sum)
     KERNELS["gather_masked"] = Kernel(masking.gather_masked, masking.refuses_move)
     KERNELS["scatter_masked"] = Kernel(masking.scatter_masked, masking.refuses_sum)
     for op in ("masked_patch_loss", "masked_patch_loss_backward"):
-        KERNELS[op] = Kernel(getattr(patch_losses, op), patch_losses.refuses)
+        KERNELS[op] = Kernel(getattr(patch_losses, op), refuses_float64)
 
 
 def unavailable(device_type: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from syncmask_kernels.backends import native_grouping, overloads
+from syncmask_kernels.backends import overloads
 
 grouped_order = overloads.define("grouped_order", "cuda")
-refuses = native_grouping.refuses

@@ -10,7 +10,6 @@ MAX_SHARED_WORDS = 256  # a block holds all words where scores are normalised ov
 _selection = native_selection.NativeSelection("cuda")
 topk_mask = _selection.topk_mask
 sync_topk_mask = _selection.sync_topk_mask
-refuses_topk_mask = native_selection.refuses_topk_mask
 
 
 def refuses_sync_topk_mask(request: SyncRequest) -> str | None:

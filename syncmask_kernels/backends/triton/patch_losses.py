@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncmask_kernels.backends import overloads
+from syncmask_kernels.backends import patch_losses_calls
 from syncmask_kernels.backends.loss_request import REDUCTIONS
-from syncmask_kernels.backends.overloads.patch_losses import backward_arguments, loss_arguments
-from syncmask_kernels.backends.patch_losses_request import KINDS, PatchLoss
+from syncmask_kernels.backends.patch_losses_request import KINDS
 from syncmask_kernels.backends.triton import INTERPRETED
 from syncmask_kernels.backends.triton.launch import Launch, block, run, strides, warps
 from syncmask_kernels.backends.triton.patch_losses_kernels import (
@@ -102,8 +101,7 @@ def gradient_launches(
     return grad_pred, [launch] if batch * rows > 0 else []
 
 
-_loss = overloads.define("masked_patch_loss", "triton")
-_backward = overloads.define("masked_patch_loss_backward", "triton")
+masked_patch_loss, masked_patch_loss_backward = patch_losses_calls.define("triton")
 
 
 def _run_loss(pred: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -121,24 +119,3 @@ def _run_backward(grad: Tensor, divisor: Tensor, pred: Tensor, *rest: Any) -> Te
 for _device in ("cpu", "cuda") if INTERPRETED else ("cuda",):
     torch.library.impl("syncmask::masked_patch_loss.triton", _device, _run_loss)
     torch.library.impl("syncmask::masked_patch_loss_backward.triton", _device, _run_backward)
-
-
-def masked_patch_loss(
-    pred: Tensor, target: Tensor, ids_or_mask: Tensor, loss: PatchLoss
-) -> tuple[Tensor, Tensor]:
-    """The loss, and by what the losses of patches are divided."""
-    result, divisor = _loss(pred, target, ids_or_mask, *loss_arguments(loss))
-    return result, divisor
-
-
-def masked_patch_loss_backward(
-    grad: Tensor,
-    divisor: Tensor,
-    pred: Tensor,
-    target: Tensor,
-    ids_or_mask: Tensor,
-    loss: PatchLoss,
-) -> Tensor:
-    """The gradient of `pred`."""
-    found: Tensor = _backward(grad, divisor, pred, target, ids_or_mask, *backward_arguments(loss))
-    return found
