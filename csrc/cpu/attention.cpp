@@ -118,7 +118,7 @@ using namespace syncmask::cpu;
 Tensor head_average(Tensor attn, int64_t skip_keys) {
   if (attn.stride(4) != 1) attn = torch::stable::contiguous(attn);
   const int64_t patches = attn.size(4) - skip_keys;
-  Tensor means = empty(attn, {attn.size(1), attn.size(3), patches}, ScalarType::Float);
+  Tensor means = empty_output(attn, {attn.size(1), attn.size(3), patches}, ScalarType::Float);
   by_type(attn, [&](auto* type) {
     average_heads<std::remove_pointer_t<decltype(type)>>(attn, skip_keys, means);
   });
@@ -126,7 +126,7 @@ Tensor head_average(Tensor attn, int64_t skip_keys) {
 }
 
 Tensor attention_map(Tensor q, Tensor k, MaybeTensor key_valid, double scale, int64_t skip_keys) {
-  Tensor map = empty(q, {q.size(1), q.size(3), k.size(3) - skip_keys}, ScalarType::Float);
+  Tensor map = empty_output(q, {q.size(1), q.size(3), k.size(3) - skip_keys}, ScalarType::Float);
   by_type(q, [&](auto* type) {
     attend<std::remove_pointer_t<decltype(type)>>(
         q, k, nullptr, key_valid, static_cast<float>(scale), skip_keys, map, nullptr);
@@ -136,8 +136,8 @@ Tensor attention_map(Tensor q, Tensor k, MaybeTensor key_valid, double scale, in
 
 std::tuple<Tensor, Tensor> attention_with_map(Tensor q, Tensor k, Tensor v, MaybeTensor key_valid,
                                               double scale, int64_t skip_keys) {
-  Tensor map = empty(q, {q.size(0), q.size(2), k.size(2) - skip_keys}, ScalarType::Float);
-  Tensor output = empty(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
+  Tensor map = empty_output(q, {q.size(0), q.size(2), k.size(2) - skip_keys}, ScalarType::Float);
+  Tensor output = empty_output(q, {q.size(0), q.size(1), q.size(2), v.size(3)}, q.scalar_type());
   q = torch::stable::unsqueeze(q, 0);
   k = torch::stable::unsqueeze(k, 0);
   v = torch::stable::unsqueeze(v, 0);

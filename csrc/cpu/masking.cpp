@@ -95,7 +95,7 @@ using namespace syncmask::cpu;
 
 Tensor mask_patches(Tensor patches, Tensor patch_mask, MaybeTensor mask_token) {
   const int64_t columns = patches.size(2);
-  Tensor out = empty(patches, {patches.size(0), patches.size(1), columns}, patches.scalar_type());
+  Tensor out = empty_output(patches, {patches.size(0), patches.size(1), columns}, patches.scalar_type());
   const Rows<bool> masked(patch_mask);
   if (mask_token) mask_token = torch::stable::to(*mask_token, patches.scalar_type());
   by_size(patches, [&](auto* type) {
@@ -134,7 +134,7 @@ Tensor masked_sum(Tensor x, Tensor mask) {
 
 Tensor gather_masked(Tensor x, Tensor ids, double fill) {
   const int64_t columns = x.size(2), positions = x.size(1), width = ids.size(1);
-  Tensor out = empty(x, {ids.size(0), width, columns}, x.scalar_type());
+  Tensor out = empty_output(x, {ids.size(0), width, columns}, x.scalar_type());
   Tensor filled = empty(x, {columns}, x.scalar_type());
   torch::stable::fill_(filled, fill);
   const Rows<int64_t> id(ids);
@@ -159,7 +159,7 @@ Tensor gather_masked(Tensor x, Tensor ids, double fill) {
 }
 
 Tensor scatter_masked(Tensor x, Tensor ids, int64_t positions) {
-  Tensor out = empty(x, {x.size(0), positions, x.size(2)}, x.scalar_type());
+  Tensor out = empty_output(x, {x.size(0), positions, x.size(2)}, x.scalar_type());
   const Rows<int64_t> id(ids);
   const RowsByPosition by_position(id.data(), x.size(0), x.size(1), positions);
   by_type(x, [&](auto* type) {

@@ -189,7 +189,7 @@ Tensor masked_patch_loss_backward(Tensor grad, Tensor divisor, Tensor pred, Tens
   const int64_t rows = pred.size(1), count = preds.values();
   const Slopes slopes(grad, *static_cast<const float*>(divisor.const_data_ptr()),
                       Chosen(ids_or_mask, targets.patches()), rows, gather_pred);
-  Tensor grad_pred = empty(pred, {pred.size(0), rows, count}, pred.scalar_type());
+  Tensor grad_pred = empty_output(pred, {pred.size(0), rows, count}, pred.scalar_type());
   by_type(pred, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     torch::stable::parallel_for(0, pred.size(0) * rows, kGrain, [&](int64_t begin, int64_t end) {

@@ -1,6 +1,9 @@
 // Tensors as the kernels of the CPU see them.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -8,6 +11,21 @@
 #include "syncmask/tensors.h"
 
 namespace syncmask::cpu {
+
+// An output that the kernel is going to fill. glibc maps what is this large anew for every tensor,
+// and faulting it in by pages of 4 KiB takes several times as long as writing it: ask for huge ones.
+inline Tensor empty_output(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  Tensor output = empty(like, std::move(sizes), type);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kMapped = uintptr_t{32} << 20, kPage = 4096;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
+  const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (first + output.numel() * output.element_size()) / kPage * kPage;
+  // A refusal only leaves the pages small.
+  if (end >= begin + kMapped) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return output;
+}
 
 // Calls `run` with a null pointer of the tensor's type of floats.
 template <typename Run>
