@@ -1,4 +1,4 @@
-"""Image-text pairs in memory, ready to train on."""
+"""Image-text pairs that can be asked for in any order, ready to train on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from reference.data.images import StoredImages
 from reference.data.tokenizer import tokenize
 
 
@@ -18,7 +19,7 @@ from reference.data.tokenizer import tokenize
 class Pairs:
     """Pairs before their captions are tokenized; the last three fields where the truth is known."""
 
-    images: Tensor
+    images: Tensor | StoredImages
     """uint8 [N, 3, S, S]"""
     captions: list[str]
     item_ids: Tensor
@@ -53,13 +54,16 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     "item_id": int64, "index": int64}``. An index tensor or list instead of ``i`` gives the same
     with a leading batch axis, in one gather per field.
 
+    Images that are read when asked for may turn out to be broken. The place of such a pair is then
+    taken, under its index, by another pair of the batch.
+
     Args:
         pairs: the pairs.
         tokenizer: turns captions into ids.
         length: T; longer captions are cut.
     """
 
-    images: Tensor
+    images: Tensor | StoredImages
     captions: list[str]
     item_ids: Tensor
     input_ids: Tensor
@@ -78,13 +82,19 @@ class PairDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int | Sequence[int] | Tensor) -> dict[str, Tensor]:
         rows = torch.as_tensor(index)
+        images, shown = self._look_up(rows)
         return {
-            "image": self.images[rows],
-            "input_ids": self.input_ids[rows],
-            "word_ids": self.word_ids[rows],
-            "item_id": self.item_ids[rows],
+            "image": images,
+            "input_ids": self.input_ids[shown],
+            "word_ids": self.word_ids[shown],
+            "item_id": self.item_ids[shown],
             "index": rows,
         }
+
+    def _look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.images, StoredImages) and rows.ndim:
+            return self.images.batch(rows)
+        return self.images[rows], rows
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         batch = self[indices]

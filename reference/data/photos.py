@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import tarfile
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,18 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from reference.data.broken import Broken
 from reference.data.dataset import Pairs
-
-_SHOWN_PROBLEMS = 10
+from reference.data.images import attempt, decode
 
 Read = Callable[[str], bytes]
 
 
-def load_photos(folder: str | Path, *, image_size: int = 64) -> tuple[Pairs, Pairs]:
+def load_photos(
+    folder: str | Path, *, image_size: int = 64, max_broken: float = 0.1
+) -> tuple[Pairs, Pairs]:
     """Read ``train.jsonl`` and ``val.jsonl`` and decode their images.
 
     A line is an object with ``image`` (a file name in ``images.tar``, an uncompressed tar, or
@@ -33,18 +32,19 @@ def load_photos(folder: str | Path, *, image_size: int = 64) -> tuple[Pairs, Pai
     show one item; without it, images with equal captions do. Other keys are kept as attributes.
     Images are scaled to fit `image_size` and padded with white to a square.
 
-    A line that is no object with a text, or an image that cannot be decoded, is skipped; a warning
+    A line that is no object with a text, or an image that cannot be decoded, is left out; a warning
     counts and names them.
 
     Raises:
         FileNotFoundError: a file, or both ``images.tar`` and ``images/``, are missing.
+        TooManyBroken: more than the share `max_broken` is left out.
         ValueError: a line lacks ``image`` or ``caption``, the tar is none, or nothing is left.
     """
     folder = Path(folder)
     read = _reader(folder)
     item_ids: dict[tuple[str, str], int] = {}
     train, val = (
-        _load_split(folder / f"{split}.jsonl", read, image_size, item_ids)
+        _load_split(folder / f"{split}.jsonl", read, image_size, item_ids, max_broken)
         for split in ("train", "val")
     )
     return train, val
@@ -75,20 +75,17 @@ def _reader(folder: Path) -> Read:
 
 
 def _load_split(
-    path: Path, read: Read, image_size: int, item_ids: dict[tuple[str, str], int]
+    path: Path, read: Read, image_size: int, item_ids: dict[tuple[str, str], int], most: float
 ) -> Pairs:
     problems: list[str] = []
     lines = _read_lines(path, problems)
+    read_lines = len(lines) + len(problems)
     images, kept = _decode_all(path, lines, read, image_size, problems)
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        more = len(problems) - _SHOWN_PROBLEMS
-        rest = f"\n  and {more} more" if more > 0 else ""
-        warnings.warn(f"{path}: {len(problems)} lines skipped{shown}{rest}", stacklevel=2)
     if not kept:
         raise ValueError(f"{path} holds no usable image-caption pair")
+    Broken(str(path), most).note(read_lines, problems)
     records = [lines[i][1] for i in kept]
-    keys = [_item_key(record) for record in records]
+    keys = [item_key(record) for record in records]
     return Pairs(
         images=images[kept],
         captions=[record.pop("caption") for record in records],
@@ -97,7 +94,8 @@ def _load_split(
     )
 
 
-def _item_key(record: dict[str, Any]) -> tuple[str, str]:
+def item_key(record: dict[str, Any]) -> tuple[str, str]:
+    """What the images of one item have in common: `product_id`, or else the caption."""
     product = record.get("product_id")
     return ("caption", record["caption"]) if product is None else ("product", str(product))
 
@@ -143,28 +141,20 @@ def _decode_all(
     """Decode in parallel: uint8 [len(lines), 3, S, S] and the indices that succeeded."""
     images = np.empty((len(lines), 3, image_size, image_size), np.uint8)
 
-    def decode(i: int) -> str | None:
+    def load(i: int) -> str | None:
         number, record = lines[i]
-        try:
-            images[i] = _decode(read(record["image"]), image_size)
-        except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
-            return f"{path.name}:{number}: {record['image']}: {type(error).__name__}: {error}"
+        image = attempt(lambda: decode(read(record["image"]), image_size))
+        if isinstance(image, str):
+            return f"{path.name}:{number}: {record['image']}: {image}"
+        images[i] = image
         return None
 
     kept = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(decode, range(len(lines)))
+        results = pool.map(load, range(len(lines)))
         for i, problem in enumerate(tqdm(results, path.name, len(lines), unit="image")):
             if problem is None:
                 kept.append(i)
             else:
                 problems.append(problem)
     return torch.from_numpy(images), kept
-
-
-def _decode(data: bytes, size: int) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
-        # A JPEG can be decoded at a fraction of its size; twice the target keeps the quality.
-        image.draft("RGB", (2 * size, 2 * size))
-        square = ImageOps.pad(image.convert("RGB"), (size, size), color="white")
-    return np.asarray(square).transpose(2, 0, 1)

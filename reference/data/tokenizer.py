@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
+_CHUNK = 10_000
+
 
 def train_tokenizer(captions: Sequence[str], *, vocab_size: int = 8192) -> PreTrainedTokenizerFast:
     """Learn a lower-case WordPiece vocabulary, as BERT's, from captions.
@@ -72,7 +74,18 @@ def tokenize(
 
     ``word_ids`` numbers the words of each caption from 0; special tokens and padding have -1.
     """
-    batch = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length)
+    parts = [
+        _tokenize(tokenizer, list(captions[start : start + _CHUNK]), length)
+        for start in range(0, len(captions), _CHUNK)
+    ]
+    ids, words = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(words)
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerFast, captions: list[str], length: int
+) -> tuple[Tensor, Tensor]:
+    batch = tokenizer(captions, padding="max_length", truncation=True, max_length=length)
     words = [
         [-1 if word is None else word for word in batch.word_ids(i)] for i in range(len(captions))
     ]
