@@ -5,7 +5,7 @@ with ``--photos FOLDER``, on photos. Two studies, each over `seeds`:
 
 - *after the fact*: teachers trained with random masks score the validation pairs by every rule of
   `reference.score_rules`, at several ages;
-- *by training*: the same model trained with each of `VARIANTS`.
+- *by training*: each of `VARIANTS` goes on where a training with random masks was at some age.
 
 Every training is a run of `reference.pretrain` in a folder of its own, so that the study goes on
 where it was interrupted. Each ends with new ``results.json``, ``results.md`` and ``results.png``.
@@ -13,12 +13,14 @@ where it was interrupted. Each ends with new ``results.json``, ``results.md`` an
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -33,20 +35,32 @@ from reference.config import PretrainConfig
 from reference.data import PairDataset, Truth
 from reference.evaluate import word_auc
 from reference.pretrain import pretrain
-from reference.run_files import CONFIG, EVALUATION, atomic_path, load_json, save_json
+from reference.run_files import CONFIG, EVALUATION, METRICS, atomic_path, load_json, save_json
 from reference.score_rules import all_scores
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "random masks": {"masks": "random"},
-    "sync": {},
-    "sync, patches only": {"masks": "patches"},
-    "sync, words only": {"masks": "words"},
-    "sync, no noise": {"mask_noise": 0.0},
-    "sync, young teacher": {"random_mask_steps": 100},
-    "sync, grown teacher": {"random_mask_steps": 600},
-    "sync, hardest negatives": {"negatives": "hardest"},
-    "sync, batches of the hardest": {"batches": "hardest"},
-    "sync, batches of the semi-hard": {"batches": "semi_hard"},
+TRUNK = "random masks"
+
+
+class Variant(NamedTuple):
+    """A training that leaves the trunk, the training with random masks, after `age` steps of it.
+
+    Up to there the two are the same, and so are the pairs of every step and the teacher's first
+    ages: what differs in the end comes of what differs here.
+    """
+
+    age: int
+    options: dict[str, Any]
+
+
+VARIANTS = {
+    "sync": Variant(300, {}),
+    "sync, patches only": Variant(300, {"masks": "patches"}),
+    "sync, words only": Variant(300, {"masks": "words"}),
+    "sync, no noise": Variant(300, {"mask_noise": 0.0}),
+    "sync, young teacher": Variant(100, {}),
+    "sync, grown teacher": Variant(600, {}),
+    "sync, batches of the hardest": Variant(300, {"batches": "hardest"}),
+    "sync, batches of the semi-hard": Variant(300, {"batches": "semi_hard"}),
 }
 PATCH_SHARE = 0.25
 CHUNK = 256
@@ -62,62 +76,97 @@ class AblateConfig:
     output: str = field(default="runs/ablation", metadata={"help": "Folder of the study."})
     photos: str | None = field(default=None, metadata={"help": "Folder of photos: see --data."})
     seeds: int = field(default=3, metadata={"help": "Trainings of each kind."})
-    steps: int = field(default=1200, metadata={"help": "Steps of each training."})
-    ages: int = field(default=3, metadata={"help": "Ages at which teachers are looked at."})
-    batch_size: int = field(default=48, metadata={"help": "Pairs of a step."})
+    steps: int = field(default=900, metadata={"help": "Steps of each training."})
+    every: int = field(default=300, metadata={"help": "Steps between two looks at a teacher."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs of a step."})
+    width: int = field(default=64, metadata={"help": "Hidden size of every encoder."})
+    learning_rate: float = field(default=1.5e-3, metadata={"help": "Of every training."})
     items: int = field(default=4000, metadata={"help": "Items of the drawn catalogue."})
 
 
 def ablate(study: AblateConfig) -> Path:
     """Run what is not there yet; returns the page of results."""
-    results: dict[str, Table] = {}
-    for name, run, data in tqdm(list(_trainings(study)), unit="training"):
-        _train(run, study, data | VARIANTS[name])
-        results = _results(study)
-        _write(Path(study.output), results)
+    for training in tqdm(list(_trainings(study)), unit="training"):
+        if not (training.run / EVALUATION).exists():
+            _train(training, study)
+        _write(Path(study.output), _results(study))
     return Path(study.output) / "results.md"
 
 
-def _trainings(study: AblateConfig) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """Variant, folder and options, the same variant's seeds one after the other."""
-    for source in ("catalogue", *([study.photos] if study.photos else [])):
-        where = "catalogue" if source == "catalogue" else "photos"
-        for name in VARIANTS:
+class Training(NamedTuple):
+    """One of the study: which variant, on which data, in which folder, with which options."""
+
+    name: str
+    where: str
+    run: Path
+    options: dict[str, Any]
+
+
+def _trainings(study: AblateConfig) -> Iterator[Training]:
+    """The trunks first, which the rules are compared on, then the same variant's seeds in turn."""
+    sources = {"catalogue": "catalogue"} | ({"photos": study.photos} if study.photos else {})
+    for where, source in sources.items():
+        for name in (TRUNK, *VARIANTS):
+            options = VARIANTS[name].options if name in VARIANTS else {"masks": "random"}
+            options = {"data": source, "augment": where == "photos", **options}
             for seed in range(study.seeds):
-                run = Path(study.output) / where / name.replace(", ", "-").replace(" ", "_")
-                augment = source != "catalogue"
-                yield name, run / str(seed), {"data": source, "seed": seed, "augment": augment}
+                run = _folder(study, where, name, seed)
+                yield Training(name, where, run, options | {"seed": seed})
 
 
-def _train(run: Path, study: AblateConfig, options: dict[str, Any]) -> None:
-    if (run / EVALUATION).exists():
-        return
-    every = max(1, study.steps // study.ages)
+def _folder(study: AblateConfig, where: str, name: str, seed: int) -> Path:
+    return Path(study.output) / where / name.replace(", ", "-").replace(" ", "_") / str(seed)
+
+
+def _train(training: Training, study: AblateConfig) -> None:
+    name, where, run, options = training
+    trunk = _folder(study, where, TRUNK, options["seed"])
+    if name != TRUNK and not checkpoints(run):
+        _leave(trunk, run, VARIANTS[name].age)
+    ages = [variant.age for variant in VARIANTS.values()]
     pretrain(
         PretrainConfig(
             **options,
             output=str(run),
             resume=(run / CONFIG).exists(),
+            random_mask_steps=0,
             steps=study.steps,
             batch_size=study.batch_size,
+            width=study.width,
+            learning_rate=study.learning_rate,
             items=study.items,
-            eval_every=every,
-            save_every=every,
-            keep_checkpoints=study.ages if options.get("masks") == "random" else 1,
+            eval_every=study.every,
+            save_every=math.gcd(study.every, *ages),
+            keep_checkpoints=study.steps if name == TRUNK else 1,
         )
     )
 
 
+def _leave(trunk: Path, run: Path, age: int) -> None:
+    """Give `run` the trunk's configuration, metrics and checkpoint of that age."""
+    folder = run / "checkpoints" / f"step-{age:08d}"
+    run.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, METRICS):
+        shutil.copy(trunk / name, run / name)
+    with atomic_path(folder) as temporary:
+        shutil.copytree(trunk / "checkpoints" / folder.name, temporary)
+
+
 def _results(study: AblateConfig) -> dict[str, Table]:
     results: dict[str, Table] = {}
-    for name, run, _ in _trainings(study):
+    for name, where, run, options in _trainings(study):
         if not (run / EVALUATION).exists():
             continue
-        where = run.parent.parent.name
-        trained = results.setdefault(f"Trained on the {where}", {})
-        _append(trained, name, _outcome(load_json(run / EVALUATION)))
-        if where == "catalogue" and name == "random masks":
-            for words, patches, age in _rules(run):
+        outcome = _outcome(load_json(run / EVALUATION))
+        _append(results.setdefault(f"Trained on the {where}", {}), name, outcome)
+        if name != TRUNK:
+            trunk = _folder(study, where, TRUNK, options["seed"])
+            before = _outcome(load_json(trunk / EVALUATION))
+            gains = {column: value - before[column] for column, value in outcome.items()}
+            title = f"Trained on the {where}: more than with random masks of the same seed"
+            _append(results.setdefault(title, {}), name, gains)
+        elif where == "catalogue":
+            for words, patches, age in _rules(run, study.every):
                 for side, rules in (("Words", words), ("Patches", patches)):
                     table = results.setdefault(f"{side}, teacher of {age} steps", {})
                     for rule, figures in rules.items():
@@ -138,16 +187,19 @@ def _outcome(evaluation: dict[str, Any]) -> dict[str, float]:
     return found | {name: masks[name] for name in kept if name in masks}
 
 
-def _rules(run: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
+def _rules(run: Path, every: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], int]]:
     """The figures of all rules for the teachers of a run, kept beside their checkpoints."""
     for folder in checkpoints(run):
+        age = int(folder.name.split("-")[1])
+        if age % every:
+            continue
         file = run / f"rules-{folder.name}.json"
         if not file.exists():
             model, config, tokenizer = load_model(folder)
             data = config.load_data(tokenizer).val
             save_json(file, rule_figures(model, data, tokenizer, config.token_ratio))
         words, patches = load_json(file)
-        yield words, patches, int(folder.name.split("-")[1])
+        yield words, patches, age
 
 
 def rule_figures(

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from reference import ranks
 from reference.config import PretrainConfig
+from reference.data import ShardStream
 from reference.methods import METHODS
 from reference.model import DualEncoder
 from reference.run_files import atomic_path, load_json, save_json
@@ -43,14 +44,14 @@ class TrainState:
     objective: nn.Module
     optimizer: Optimizer
     schedule: LambdaLR
-    sampler: GroupedBatchSampler | None = None
+    sampler: GroupedBatchSampler | ShardStream | None = None
     step: int = 0
     seconds: float = 0.0
     _batches: Iterator[list[int]] | None = None
 
     def next_rows(self) -> list[int]:
         """The pairs of the next grouped batch of this process, in one epoch after the other."""
-        assert self.sampler is not None
+        assert isinstance(self.sampler, GroupedBatchSampler)
         if self._batches is None:
             self._batches = chain.from_iterable(repeat(self.sampler))
         return next(self._batches)
@@ -135,7 +136,10 @@ def _write(
 
 
 def load_checkpoint(folder: str | Path, state: TrainState) -> None:
-    """Put what `save_checkpoint` wrote into `state`, in place."""
+    """Put what `save_checkpoint` wrote into `state`, in place.
+
+    Where the run had shuffled batches until here, grouped ones begin with what comes.
+    """
     folder = Path(folder)
     progress = load_json(folder / "state.json")
     state.model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -147,11 +151,12 @@ def load_checkpoint(folder: str | Path, state: TrainState) -> None:
     state.optimizer.load_state_dict({"state": moments, "param_groups": progress["param_groups"]})
     state.schedule.load_state_dict(progress["schedule"])
     state.step, state.seconds = progress["step"], progress["seconds"]
-    if state.sampler is not None:
+    if state.sampler is not None and (folder / "samplers.pt").exists():
         samplers = torch.load(folder / "samplers.pt")
         if len(samplers) != ranks.size():
             raise CheckpointError(
-                f"{folder} is of {len(samplers)} processes with grouped batches, not {ranks.size()}"
+                f"{folder} is of {len(samplers)} processes with batches of their own, not of "
+                f"{ranks.size()}"
             )
         state.sampler.load_state_dict(samplers[ranks.rank()])
 

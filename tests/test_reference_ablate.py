@@ -9,14 +9,14 @@ import torch
 
 from reference import ablate as study_module
 from reference import pretrain as pretraining
-from reference.ablate import AblateConfig, ablate, as_markdown
+from reference.ablate import TRUNK, AblateConfig, Variant, ablate, as_markdown
 from reference.batch import make_batch
 from reference.checkpoint import checkpoints, load_model
 from reference.config import PretrainConfig
 from reference.data import load_data
 from reference.masks import teacher_masks
 from reference.pretrain import build
-from reference.run_files import load_json
+from reference.run_files import load_json, load_metrics
 from reference.score_rules import all_scores
 
 
@@ -50,33 +50,46 @@ def test_rules_of_the_study_are_those_of_training() -> None:
 def test_the_study_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variants = {"random masks": {"masks": "random"}, "sync, words only": {"masks": "words"}}
+    variants = {
+        "sync, words only": Variant(2, {"masks": "words"}),
+        "sync, batches of the hardest": Variant(4, {"batches": "hardest"}),
+    }
     monkeypatch.setattr(study_module, "VARIANTS", variants)
-    trained: list[str] = []
+    trained: list[tuple[str, str]] = []
     pretrain = study_module.pretrain
 
     def spy(config: PretrainConfig) -> Path:
-        trained.append(config.masks)
+        trained.append((config.masks, config.batches))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        config.width, config.heads, config.image_layers = 16, 2, 1
-        config.random_mask_steps = 1
+        config.heads, config.image_layers, config.log_every = 2, 1, 1
         return pretrain(config)
 
     monkeypatch.setattr(study_module, "pretrain", spy)
     monkeypatch.setattr(pretraining, "write_report", lambda run: run)
-    study = AblateConfig(str(tmp_path), seeds=1, steps=4, ages=2, batch_size=4, items=16)
+    study = AblateConfig(str(tmp_path), seeds=1, steps=6, every=3, batch_size=4, width=16, items=16)
     with pytest.raises(KeyboardInterrupt):
         ablate(study)
     page = ablate(study)
-    assert trained == ["random", "words", "words"]
+    shuffled = "shuffled"
+    assert trained == [("random", shuffled), *[("words", shuffled)] * 2, ("sync", "hardest")]
     results = load_json(tmp_path / "results.json")
-    assert set(results["Trained on the catalogue"]) == set(variants)
-    assert {f"Words, teacher of {age} steps" for age in (2, 4)} < set(results)
+    assert set(results["Trained on the catalogue"]) == {TRUNK, *variants}
+    assert set(results) == {
+        "Trained on the catalogue",
+        "Trained on the catalogue: more than with random masks of the same seed",
+        *(f"{side}, teacher of {age} steps" for side in ("Words", "Patches") for age in (3, 6)),
+    }
     assert "image_effect" in page.read_text()
     assert (tmp_path / "results.png").stat().st_size > 10_000
-    assert len(checkpoints(tmp_path / "catalogue/random_masks/0")) == 2
-    assert load_model(checkpoints(tmp_path / "catalogue/sync-words_only/0")[0])[1].masks == "words"
+    trunk, words = (tmp_path / "catalogue" / n / "0" for n in ("random_masks", "sync-words_only"))
+    assert load_model(checkpoints(words)[0])[1].masks == "words"
+    # The variant has the trunk's losses up to where it leaves, and others after.
+    ours, theirs = (
+        [row["loss"] for row in load_metrics(run) if "loss" in row] for run in (words, trunk)
+    )
+    assert ours[:2] == theirs[:2]
+    assert all(a != b for a, b in zip(ours[2:], theirs[2:], strict=True))
 
 
 def test_tables_show_mean_spread_and_the_best() -> None:
