@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
 
-from reference.data import Data, load_data
+from reference.data import Data, kind_of, load_data
 from reference.model.config import ModelConfig
 
 
@@ -72,17 +72,34 @@ class SimlaConfig:
 
 
 @dataclass
-class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
+class DataConfig:
+    """How data is read; see `reference.data`."""
+
+    data: str = _option(
+        "catalogue",
+        "`catalogue` draws one; else a folder of photos, of FashionGen's files or of shards.",
+    )
+    items: int = _option(4000, "Items of the drawn catalogue.")
+    max_broken: float = _option(0.1, "Share of broken pairs to leave out; more stop the run.")
+    workers: int = _option(2, "Processes that read shards, of each process that trains.")
+    shuffle_buffer: int = _option(1000, "Pairs among which each of them shuffles.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken must lie in [0, 1], got {self.max_broken}")
+        for name, least in (("workers", 0), ("shuffle_buffer", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass
+class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, DataConfig, ModelConfig):
     """The options of ``python -m reference.pretrain``."""
 
     method: Literal["syncmask", "sycoca", "simla"] = _option(
         "syncmask", "What is trained: see `reference.methods`."
     )
     output: str = _option("runs/syncmask", "Folder of the run.")
-    data: str = _option(
-        "catalogue", "`catalogue` draws one; else a folder with train.jsonl, val.jsonl, images."
-    )
-    items: int = _option(4000, "Items of the drawn catalogue.")
     resume: bool = _option(False, "Go on from the last checkpoint of the output folder.")
     steps: int = _option(600, "Optimiser steps.")
     batch_size: int = _option(48, "Pairs of a batch, of one process.")
@@ -119,7 +136,7 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
     keep_checkpoints: int = _option(1, "Checkpoints kept.")
 
     def __post_init__(self) -> None:
-        for options in (SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
+        for options in (SimlaConfig, SyCoCaConfig, MaskConfig, DataConfig, ModelConfig):
             options.__post_init__(self)
         if not 0 <= self.distillation <= 1:
             raise ValueError(f"distillation must lie in [0, 1], got {self.distillation}")
@@ -140,7 +157,16 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
             raise ValueError(f"mask_layer must lie in [{-layers}, {layers}), got {self.mask_layer}")
 
     def load_data(self, tokenizer: PreTrainedTokenizerFast | None = None) -> Data:
-        """The data of the run, with a tokenizer of its own unless one is given."""
+        """The data of the run, with a tokenizer of its own unless one is given.
+
+        Raises:
+            ValueError: batches are to be grouped, but the data is a stream.
+        """
+        if self.batches != "shuffled" and kind_of(self.data) == "shards":
+            raise ValueError(
+                f"batches is '{self.batches}', but shards are a stream, from which no pairs can be "
+                "chosen: take 'shuffled', or a folder of photos"
+            )
         return load_data(
             self.data,
             image_size=self.image_size,
@@ -149,4 +175,8 @@ class PretrainConfig(SimlaConfig, SyCoCaConfig, MaskConfig, ModelConfig):
             items=self.items,
             seed=self.seed,
             tokenizer=tokenizer,
+            max_broken=self.max_broken,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            shuffle_buffer=self.shuffle_buffer,
         )

@@ -44,7 +44,7 @@ from reference.checkpoint import (
     save_checkpoint,
 )
 from reference.config import PretrainConfig
-from reference.data import Data, PairDataset
+from reference.data import Data, PairDataset, ShardStream, TooManyBroken
 from reference.evaluate import evaluate
 from reference.examples import examples
 from reference.methods import METHODS, Method
@@ -115,11 +115,13 @@ class Objective(nn.Module):
 
 
 def build(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, pairs: PairDataset | None = None
+    config: PretrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PairDataset | ShardStream | None = None,
 ) -> TrainState:
     """A freshly initialised model and teacher, with their optimiser and schedule.
 
-    With `pairs` they are sampled as `config.batches` says.
+    With `pairs` they are sampled as `config.batches` says, or come as their stream has them.
     """
     torch.manual_seed(derived_seed(config.seed, "initialisation", 0))
     method, device = METHODS[config.method], ranks.device()
@@ -145,8 +147,10 @@ def build(
         fused=True,
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-    sampler = None
-    if pairs is not None and config.batches != "shuffled":
+    sampler: smk.GroupedBatchSampler | ShardStream | None = None
+    if isinstance(pairs, ShardStream):
+        sampler = pairs
+    elif pairs is not None and config.batches != "shuffled":
         sampler = smk.GroupedBatchSampler(
             len(pairs),
             config.batch_size,
@@ -188,6 +192,8 @@ def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> N
                 save_checkpoint(run, state, config, data.tokenizer)
     # The teacher: it makes the masks, and an average of models retrieves better than the last one.
     evaluation, encoded = outcome or evaluate(state.teacher, data.val, data.tokenizer, config)
+    if start == config.steps and (run / EVALUATION).exists():
+        evaluation = {**load_json(run / EVALUATION), **evaluation}
     save_json(run / EVALUATION, evaluation)
     examples(encoded, data.val, data.tokenizer).save(run)
 
@@ -201,21 +207,26 @@ def train_step(state: TrainState, data: Data, config: PretrainConfig) -> dict[st
 
 def step_batches(state: TrainState, data: Data, config: PretrainConfig) -> Iterator[Batch]:
     """The batches of this process in this step; texts of all processes are cut alike."""
-    if state.sampler is not None:
-        whole = data.train.input_ids.shape[1]
+    pairs = data.train
+    if isinstance(pairs, ShardStream):
         for _ in range(config.accumulate):
-            yield _batch(data, torch.tensor(state.next_rows()), whole, config)
+            yield _batch(next(pairs), data, pairs.length, config)
+        return
+    if state.sampler is not None:
+        whole = pairs.input_ids.shape[1]
+        for _ in range(config.accumulate):
+            yield _batch(pairs[state.next_rows()], data, whole, config)
         return
     together = config.batch_size * ranks.size()
-    rows = step_indices(len(data.train), together * config.accumulate, state.step, config.seed)
+    rows = step_indices(len(pairs), together * config.accumulate, state.step, config.seed)
     for part in rows.split(together):
-        attended = data.train.input_ids[part] != data.tokenizer.pad_token_id
+        attended = pairs.input_ids[part] != data.tokenizer.pad_token_id
         own = part[config.batch_size * ranks.rank() :][: config.batch_size]
-        yield _batch(data, own, int(attended.sum(dim=1).max()), config)
+        yield _batch(pairs[own], data, int(attended.sum(dim=1).max()), config)
 
 
-def _batch(data: Data, rows: Tensor, length: int, config: PretrainConfig) -> Batch:
-    batch = make_batch(data.train[rows], data.tokenizer, ranks.device(), length)
+def _batch(pairs: dict[str, Tensor], data: Data, length: int, config: PretrainConfig) -> Batch:
+    batch = make_batch(pairs, data.tokenizer, ranks.device(), length)
     if config.augment:
         batch = batch._replace(pixels=crop_and_flip(batch.pixels))
     return batch
@@ -238,7 +249,7 @@ def update(
                     losses = state.objective(step)
                 loss = torch.stack([term.float() for term in losses.values()]).sum()
                 (loss / config.accumulate).backward()
-            if state.sampler is not None and step.features is not None:
+            if isinstance(state.sampler, smk.GroupedBatchSampler) and step.features is not None:
                 state.sampler.record(batch.rows, *(x.float() for x in step.features))
             rows.append({"loss": loss.detach()} | {k: v.detach() for k, v in losses.items()})
         torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
@@ -290,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
         report = pretrain(config)
-    except (CheckpointError, FileExistsError, FileNotFoundError) as error:
+    except (CheckpointError, FileExistsError, FileNotFoundError, TooManyBroken) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"report: {report}")
 

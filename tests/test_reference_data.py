@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from reference.data import PairDataset, load_data, train_tokenizer
+from reference.data import PairDataset, TooManyBroken, load_data, train_tokenizer
 from reference.data.catalogue import VIEW_OF, Detail, Garment, draw, draw_catalogue
 from reference.data.dataset import Pairs
 from reference.data.drawing import GARMENTS, SHAPES
@@ -319,33 +319,52 @@ def test_broken_lines_and_images_are_named_counted_and_skipped(tmp_path):
     train = [
         TRAIN[0], "{not json", '["a list"]', line("images/broken.jpg", "torn"),
         line("images/lost.jpg", "lost"), line("images/red.png", ""), "", TRAIN[1],
+        json.dumps({"image": "images/red.png", "text": "x"}),
     ]  # fmt: skip
     write_photos(tmp_path, train, TRAIN, images)
-    with pytest.warns(UserWarning, match="5 lines skipped") as caught:
-        pairs, _ = load_photos(tmp_path, image_size=8)
+    with pytest.warns(UserWarning, match="6 of 8 pairs read are broken and left out") as caught:
+        pairs, _ = load_photos(tmp_path, image_size=8, max_broken=0.75)
     (message,) = [str(warning.message) for warning in caught]
     for place in ("train.jsonl:2", "train.jsonl:3", "train.jsonl:4", "train.jsonl:5",
-                  "train.jsonl:6", "images/broken.jpg", "images/lost.jpg"):  # fmt: skip
+                  "train.jsonl:6", "images/broken.jpg", "images/lost.jpg",
+                  "train.jsonl:9: no key 'caption'; the keys are ['image', 'text']"):  # fmt: skip
         assert place in message
     assert pairs.captions == ["red shirt", "green bag"]
     assert (pairs.images[0] == torch.tensor(RED)[:, None, None]).all()
     assert (pairs.images[1][:, 4, 4].int() - torch.tensor(GREEN)).abs().max() <= 2
 
 
+def test_too_many_broken_lines_raise(tmp_path):
+    write_photos(tmp_path, TRAIN, [*TRAIN, "{"], IMAGES)
+    with pytest.raises(TooManyBroken, match=r"val\.jsonl: 1 of 3 pairs .* 30%.*\n.*val\.jsonl:3"):
+        load_photos(tmp_path, max_broken=0.3)
+    with pytest.warns(UserWarning, match="1 of 3"):
+        load_photos(tmp_path, max_broken=0.34)
+
+
+def test_a_tar_that_is_cut_off_is_used_as_far_as_it_goes(tmp_path):
+    write_photos(tmp_path, TRAIN, TRAIN[:1], IMAGES)
+    archive = tmp_path / "images.tar"
+    archive.write_bytes(archive.read_bytes()[: 512 * 4])
+    with pytest.warns(UserWarning, match="1 of 2 pairs .*\n.*train.jsonl:2: images/green.jpg"):
+        train, _ = load_photos(tmp_path, max_broken=0.5)
+    assert train.captions == ["red shirt"]
+
+
 def test_unusable_folders_raise(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither images\.tar nor a folder images"):
-        load_data(tmp_path)
-    write_photos(tmp_path, TRAIN, [json.dumps({"image": "images/red.png", "text": "x"})], IMAGES)
-    with pytest.raises(ValueError, match=r"val\.jsonl:1: no key 'caption'.*'text'"):
+    with pytest.raises(FileNotFoundError, match=r"holds no data: neither train\.jsonl"):
         load_data(tmp_path)
     write_photos(tmp_path, TRAIN, [""], IMAGES)
-    with pytest.raises(ValueError, match=r"val\.jsonl holds no usable"):
+    with pytest.raises(ValueError, match=r"val\.jsonl holds no image-caption pair"):
         load_data(tmp_path)
     (tmp_path / "val.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"val\.jsonl"):
         load_data(tmp_path)
     (tmp_path / "images.tar").write_bytes(b"no tar" * 1000)
     with pytest.raises(ValueError, match="no uncompressed tar"):
+        load_data(tmp_path)
+    (tmp_path / "images.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither images\.tar nor a folder images"):
         load_data(tmp_path)
 
 

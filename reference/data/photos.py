@@ -32,13 +32,13 @@ def load_photos(
     show one item; without it, images with equal captions do. Other keys are kept as attributes.
     Images are scaled to fit `image_size` and padded with white to a square.
 
-    A line that is no object with a text, or an image that cannot be decoded, is left out; a warning
-    counts and names them.
+    A line that is no such object, or an image that cannot be decoded, is left out; a warning counts
+    and names them.
 
     Raises:
         FileNotFoundError: a file, or both ``images.tar`` and ``images/``, are missing.
         TooManyBroken: more than the share `max_broken` is left out.
-        ValueError: a line lacks ``image`` or ``caption``, the tar is none, or nothing is left.
+        ValueError: the tar is none, or nothing is left.
     """
     folder = Path(folder)
     read = _reader(folder)
@@ -57,11 +57,14 @@ def _reader(folder: Path) -> Read:
         if not (folder / "images").is_dir():
             raise FileNotFoundError(f"{folder} holds neither images.tar nor a folder images")
         return lambda name: (folder / name).read_bytes()
+    places: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
-            places = {member.name: (member.offset_data, member.size) for member in tar}
-    except tarfile.ReadError as error:
-        raise ValueError(f"{archive} is no uncompressed tar: {error}") from error
+            for member in tar:
+                places[member.name] = member.offset_data, member.size
+    except tarfile.ReadError as error:  # also at the end of one that is cut off
+        if not places:
+            raise ValueError(f"{archive} is no uncompressed tar: {error}") from error
 
     def read(name: str) -> bytes:
         if name not in places:
@@ -81,9 +84,9 @@ def _load_split(
     lines = _read_lines(path, problems)
     read_lines = len(lines) + len(problems)
     images, kept = _decode_all(path, lines, read, image_size, problems)
-    if not kept:
-        raise ValueError(f"{path} holds no usable image-caption pair")
     Broken(str(path), most).note(read_lines, problems)
+    if not kept:
+        raise ValueError(f"{path} holds no image-caption pair")
     records = [lines[i][1] for i in kept]
     keys = [item_key(record) for record in records]
     return Pairs(
@@ -118,10 +121,11 @@ def _read_lines(path: Path, problems: list[str]) -> list[tuple[int, dict[str, An
                 continue
             missing = [key for key in ("image", "caption") if key not in record]
             if missing:
-                raise ValueError(
+                problems.append(
                     f"{where}: no key {' and no key '.join(map(repr, missing))}; "
                     f"the keys are {sorted(record)}"
                 )
+                continue
             if not all(
                 isinstance(record[key], str) and record[key] for key in ("image", "caption")
             ):

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from reference.batch import Batch, make_batch
-from reference.data import Data, PairDataset
+from reference.data import Data, PairDataset, ShardStream
 from reference.data.tokenizer import tokenize
+from reference.downstream.records import MissingRecords
 from reference.model import DualEncoder
 
 CHUNK = 256
@@ -71,9 +72,21 @@ class Encodings:
     model: DualEncoder
     data: Data
 
+    @property
+    def train_pairs(self) -> PairDataset:
+        """The training split.
+
+        Raises:
+            MissingRecords: it is a stream.
+        """
+        pairs = self.data.train
+        if isinstance(pairs, ShardStream):
+            raise MissingRecords("the training split is a stream of shards")
+        return pairs
+
     @cached_property
     def train(self) -> Features:
-        return features(self.model, self.data.train, self.data.tokenizer, "train")
+        return features(self.model, self.train_pairs, self.data.tokenizer, "train")
 
     @cached_property
     def val(self) -> Features:

@@ -41,9 +41,9 @@ def recognise(encodings: Encodings, label: str) -> LabelRecognition:
         label: key of the records. Images whose label training lacks count: always wrong.
 
     Raises:
-        MissingRecords: a record lacks the label.
+        MissingRecords: a record lacks the label, or the training split is a stream.
     """
-    splits = (encodings.data.train, encodings.data.val)
+    splits = (encodings.train_pairs, encodings.data.val)
     wanted, truth = (np.asarray(column(split.records, label)) for split in splits)
     inputs = zip(INPUTS, encodings.train, encodings.val, strict=False)
     probes = {}

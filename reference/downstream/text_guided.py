@@ -118,19 +118,18 @@ def text_guided(
     """Recall of all methods beside chance, and some queries with their first answers.
 
     Raises:
-        MissingRecords: see `build_changes`.
+        MissingRecords: see `build_changes`; or the head cannot train on a stream.
     """
 
     def ask(split: str, limit: int | None) -> Asked:
-        data = encodings.data
-        dataset: PairDataset = getattr(data, split)
+        dataset = encodings.train_pairs if split == "train" else encodings.data.val
         changes = build_changes(
             dataset.records, layout.changed, layout.kept, seed=config.task_seed, limit=limit
         )
         query = features(
             encodings.model,
             dataset,
-            data.tokenizer,
+            encodings.data.tokenizer,
             f"{split} queries",
             changes.reference,
             changes.words,

@@ -1,0 +1,319 @@
+"""WebDataset shards: tar files read one after the other, for data that outgrows a disk.
+
+A sample is files of one name in one shard: an image (``jpg``, ``jpeg``, ``png`` or ``webp``) and
+its caption, as ``json`` (``{"caption": ..., "product_id": ...}``, as in `reference.data.photos`) or
+as ``txt``. A folder holds ``train-*.tar`` and ``val-*.tar``, or lists in ``train.shards`` and
+``val.shards`` what WebDataset can open, one a line: paths, URLs, ``pipe:`` commands, each with
+``{000..146}`` if wanted.
+
+Validation pairs are read into memory. Training pairs are a stream:
+
+- **Order.** In every pass the shards are shuffled by seed and pass and dealt out to all workers of
+  all ranks; a worker shuffles what it reads in a buffer. A worker begins its next pass when it is
+  through, and need not wait for others: where shards differ in size, small ones come up more often.
+- **Resuming** is exact: a checkpoint holds how far each worker is in its pass, and the worker reads
+  up to there again without decoding. This takes the same shards, ranks, workers and buffer.
+- **Not possible:** whatever needs to choose its pairs. Grouped batches, and tasks that train on
+  features of the training split, are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import webdataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from reference import ranks
+from reference.data.broken import Broken, stand_ins
+from reference.data.dataset import Pairs
+from reference.data.images import attempt, decode, stacked
+from reference.data.photos import item_key
+from reference.data.tokenizer import tokenize
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+
+_GRACE = 1000
+
+
+class Sample(NamedTuple):
+    """A pair whose image is not decoded yet."""
+
+    name: str
+    image: bytes
+    record: dict[str, Any]
+    """with its ``caption``"""
+
+
+def shards_of(folder: str | Path, split: str) -> list[str]:
+    """The shards of a split.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = sorted(map(str, Path(folder).glob(f"{split}-*.tar")))
+    listed = Path(folder) / f"{split}.shards"
+    if not found and listed.exists():
+        lines = filter(None, map(str.strip, listed.read_text(encoding="utf-8").splitlines()))
+        found = [url for line in lines for url in webdataset.shardlists.expand_urls(line)]
+    if not found:
+        raise FileNotFoundError(f"{folder} holds neither {split}-*.tar nor {split}.shards")
+    return found
+
+
+def read_samples(shards: Iterable[str], problems: list[str]) -> Iterator[Sample]:
+    """The usable samples of shards, in their order; what is not usable goes to `problems`."""
+
+    def name_problem(error: Exception) -> bool:
+        where = " ".join(part for part in error.args if isinstance(part, str))
+        problems.append(f"{type(error).__name__}: {where}")
+        return True
+
+    urls = ({"url": url} for url in shards)
+    for files in webdataset.tarfile_to_samples(handler=name_problem)(urls):
+        name = f"{Path(files['__url__']).name}:{files['__key__']}"
+        sample = _sample(name, files)
+        if isinstance(sample, str):
+            problems.append(f"{name}: {sample}")
+        else:
+            yield sample
+
+
+def _sample(name: str, files: dict[str, Any]) -> Sample | str:
+    """A sample, or what is wrong with it."""
+    images = [files[kind] for kind in IMAGES if kind in files]
+    if not images:
+        return "no image"
+    record: Any = {}
+    try:
+        if "json" in files:
+            record = json.loads(files["json"])
+        if "txt" in files:
+            record.setdefault("caption", files["txt"].decode().strip())
+    except (ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if not isinstance(record, dict):
+        return f"{type(record).__name__} instead of an object"
+    caption = record.get("caption")
+    if not (isinstance(caption, str) and caption):
+        return "no caption"
+    return Sample(name, images[0], record)
+
+
+def first_captions(shards: list[str], count: int) -> list[str]:
+    """The captions that come first.
+
+    Raises:
+        ValueError: there are none.
+    """
+    problems: list[str] = []
+    samples = itertools.islice(read_samples(shards, problems), count)
+    captions = [sample.record["caption"] for sample in samples]
+    if not captions:
+        raise ValueError(f"{shards[0]} and others hold no pair: {'; '.join(problems[:3])}")
+    return captions
+
+
+def load_shards(folder: str | Path, split: str, *, image_size: int, max_broken: float) -> Pairs:
+    """All pairs of a split, in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none.
+        TooManyBroken: more than the share `max_broken` is left out.
+    """
+    problems: list[str] = []
+    shards, images, records = shards_of(folder, split), [], []
+    for sample in tqdm(read_samples(shards, problems), f"{split} shards", unit="image"):
+        image = attempt(decode, sample.image, image_size)
+        if isinstance(image, str):
+            problems.append(f"{sample.name}: {image}")
+        else:
+            images.append(image)
+            records.append({"image": sample.name, **sample.record})
+    Broken(f"{folder}: {split}", max_broken).note(len(images) + len(problems), problems)
+    if not images:
+        raise ValueError(f"{folder}: the shards of {split} hold no image-caption pair")
+    item_ids = torch.tensor([item_id(record) for record in records])
+    captions = [record.pop("caption") for record in records]
+    return Pairs(stacked(images), captions, item_ids, records)
+
+
+def item_id(record: dict[str, Any]) -> int:
+    """A number for `item_key`, equal in all processes: 63 bits of a hash."""
+    key = repr(item_key(record)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+class Position(NamedTuple):
+    """How far a worker is."""
+
+    epoch: int = 0
+    """its pass"""
+    taken: int = 0
+    """pairs of it"""
+
+
+class Part(NamedTuple):
+    """What a worker makes of as many samples as a batch has."""
+
+    images: Tensor | None
+    """uint8 ``[B, 3, S, S]``, None: not one could be decoded"""
+    captions: list[str]
+    item_ids: Tensor
+    position: Position
+    problems: list[str]
+
+
+class ShardStream(IterableDataset[Part]):
+    """Batches of training pairs without end, for one rank.
+
+    ``next(stream)`` is a batch as `PairDataset` gives it, without a number of rows. The place of a
+    pair whose image cannot be decoded is taken by another pair of the batch, so that batches have
+    one size and what was read can be counted without decoding.
+
+    Args:
+        shards: of all ranks.
+        tokenizer: turns captions into ids.
+        length: T; longer captions are cut.
+        batch_size: pairs of a batch.
+        image_size: side of the images.
+        workers: processes that read and decode; 0: this one does.
+        buffer: samples among which a worker shuffles.
+        max_broken: share of broken pairs that stops the run.
+        seed: of all shuffling.
+
+    Raises:
+        ValueError: there are fewer shards than workers of all ranks.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        tokenizer: PreTrainedTokenizerFast,
+        length: int,
+        *,
+        batch_size: int,
+        image_size: int,
+        workers: int = 2,
+        buffer: int = 1000,
+        max_broken: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        self.shards, self.tokenizer, self.length = shards, tokenizer, length
+        self.batch_size, self.image_size = batch_size, image_size
+        self.workers, self.buffer, self.seed = workers, buffer, seed
+        self.rank, self.ranks = ranks.rank(), ranks.size()
+        self.broken = Broken("training shards", max_broken, _GRACE)
+        self.positions = [Position()] * max(1, workers)
+        self.batches = 0
+        self._parts: Iterator[Part] | None = None
+        readers = self.ranks * len(self.positions)
+        if len(shards) < readers:
+            raise ValueError(
+                f"{len(shards)} shards are too few for {self.ranks} processes of "
+                f"{len(self.positions)} workers: make at least {readers}, or lower workers"
+            )
+
+    # ---- what training calls ----
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self._parts is None:
+            loader = DataLoader(self, batch_size=None, num_workers=self.workers)
+            self._parts = iter(loader)
+        while True:
+            part = next(self._parts)
+            self.positions[self.batches % len(self.positions)] = part.position
+            self.batches += 1
+            self.broken.note(self.batch_size, part.problems)
+            if part.images is not None:
+                break
+        input_ids, word_ids = tokenize(self.tokenizer, part.captions, self.length)
+        return {
+            "image": part.images,
+            "input_ids": input_ids,
+            "word_ids": word_ids,
+            "item_id": part.item_ids,
+            "index": torch.full_like(part.item_ids, -1),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far every worker of this rank is."""
+        return {
+            "batches": self.batches,
+            "positions": [tuple(position) for position in self.positions],
+            "sizes": self._sizes(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: the state is of other shards, ranks, workers or sizes.
+        """
+        if tuple(state["sizes"]) != self._sizes():
+            raise ValueError(
+                f"state must be of a stream of (shards, ranks, workers, batch_size, buffer, seed) "
+                f"= {self._sizes()}, got {tuple(state['sizes'])}"
+            )
+        self.batches, self._parts = state["batches"], None
+        self.positions = [Position(*position) for position in state["positions"]]
+
+    def _sizes(self) -> tuple[int, ...]:
+        workers = len(self.positions)
+        return len(self.shards), self.ranks, workers, self.batch_size, self.buffer, self.seed
+
+    # ---- what a worker does ----
+
+    def __iter__(self) -> Iterator[Part]:
+        worker = get_worker_info()
+        # A loader always begins with its first worker, which takes the part of the one whose turn
+        # it is.
+        turn = self.batches + (0 if worker is None else worker.id)
+        part = turn % len(self.positions)
+        problems: list[str] = []
+        samples = self._samples(part, problems)
+        while True:
+            batch = list(itertools.islice(samples, self.batch_size))
+            images = [attempt(decode, sample.image, self.image_size) for sample, _ in batch]
+            problems += [
+                f"{sample.name}: {image}"
+                for image, (sample, _) in zip(images, batch, strict=True)
+                if isinstance(image, str)
+            ]
+            places = stand_ins([not isinstance(image, str) for image in images])
+            shown = [image for place in places if not isinstance(image := images[place], str)]
+            records = [batch[place][0].record for place in places]
+            yield Part(
+                stacked(shown) if shown else None,
+                [record["caption"] for record in records],
+                torch.tensor([item_id(record) for record in records], dtype=torch.int64),
+                batch[-1][1],
+                problems.copy(),
+            )
+            problems.clear()
+
+    def _samples(self, part: int, problems: list[str]) -> Iterator[tuple[Sample, Position]]:
+        """Samples without end from where a worker stopped, and how far it is with each."""
+        first, taken = self.positions[part]
+        reader, readers = self.rank * len(self.positions) + part, self.ranks * len(self.positions)
+        for epoch in itertools.count(first):
+            order = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
+            own = order[reader::readers]
+            chance = random.Random(f"{self.seed} {epoch} {reader}")
+            mix = webdataset.shuffle(self.buffer, initial=self.buffer, rng=chance)
+            number = 0
+            for number, sample in enumerate(mix(read_samples(own, problems)), 1):
+                if epoch > first or number > taken:
+                    yield sample, Position(epoch, number)
+            if number == 0:
+                raise ValueError(f"{len(own)} shards hold no pair: {'; '.join(problems[:3])}")
