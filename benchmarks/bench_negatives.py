@@ -14,12 +14,28 @@ import syncmask_kernels as smk
 from benchmarks.measure import rotation
 from benchmarks.report import Case
 
+Pair = tuple[Tensor, Tensor]
+Ids = Callable[[Tensor], Tensor]
+
 SHAPES = [(64, 64), (256, 2048)]  # a batch, and a batch with the keys of eight ranks
 
 
-def similarities(generator: torch.Generator, shape: tuple[int, int]) -> Tensor:
-    """Of features that are little alike, divided by a temperature of 0.07."""
-    return 0.2 * torch.randn(shape, generator=generator) / 0.07
+def similarities(generator: torch.Generator, shape: tuple[int, int]) -> Pair:
+    """Of images to texts and of texts to images: a step needs negatives of both.
+
+    Of features that are little alike, divided by a temperature of 0.07.
+    """
+    i2t, t2i = (0.2 * torch.randn(shape, generator=generator) / 0.07 for _ in range(2))
+    return i2t, t2i
+
+
+def both_ways(choose: Ids) -> Callable[[Pair], Pair]:
+    """The negatives of a step."""
+
+    def call(pair: Pair) -> Pair:
+        return choose(pair[0]), choose(pair[1])
+
+    return call
 
 
 def drawn_at_once(sim: Tensor) -> Tensor:
@@ -60,14 +76,15 @@ def weights(sim: Tensor) -> Tensor:
     return sim.double().masked_fill(own, -torch.inf).softmax(dim=1)
 
 
-def check_draw(sim: Tensor, ids: Tensor) -> None:
+def check_draws(pair: Pair, found: Pair) -> None:
     """No positive, and columns as likely as softmax makes them, within 6 standard deviations."""
-    chances = weights(sim)
-    chosen = chances.gather(1, ids.unsqueeze(1))
-    assert (chosen > 0).all()
-    mean = chances.square().sum(dim=1)
-    variance = (chances.pow(3).sum(dim=1) - mean.square()).sum()
-    assert (chosen.sum() - mean.sum()).abs() <= 6 * variance.sqrt()
+    for sim, ids in zip(pair, found, strict=True):
+        chances = weights(sim)
+        chosen = chances.gather(1, ids.unsqueeze(1))
+        assert (chosen > 0).all()
+        mean = chances.square().sum(dim=1)
+        variance = (chances.pow(3).sum(dim=1) - mean.square()).sum()
+        assert (chosen.sum() - mean.sum()).abs() <= 6 * variance.sqrt()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -78,18 +95,18 @@ def bench_sample_negatives(
     compare(
         Case("sample_negatives", shape, torch.float32),
         {
-            "sum of sim": lambda sim: sim.sum(),
-            **({"loop": loop} if shape == SHAPES[0] else {}),
-            "multinomial": drawn_at_once,
-            **compiled(drawn_at_once),
-            "this library": library,
+            "sum of sim": lambda pair: [sim.sum() for sim in pair],
+            **({"loop": both_ways(loop)} if shape == SHAPES[0] else {}),
+            "multinomial": both_ways(drawn_at_once),
+            **compiled(both_ways(drawn_at_once)),
+            "this library": both_ways(library),
         },
         inputs,
-        partial(check_draw, inputs[0]),
+        partial(check_draws, inputs[0]),
     )
 
 
-PLAIN_MODES: dict[str, Callable[[Tensor], Tensor]] = {
+PLAIN_MODES: dict[str, Ids] = {
     "hardest": hardest_by_argmax,
     "semi_hard": semi_hard_by_argmax,
 }
@@ -104,18 +121,18 @@ def bench_without_noise(
     mode: str,
 ) -> None:
     inputs, plain = rotation(partial(similarities, shape=shape)), PLAIN_MODES[mode]
-    wanted = plain(inputs[0])
+    wanted = both_ways(plain)(inputs[0])
 
-    def check(ids: Tensor) -> None:
-        assert torch.equal(ids, wanted)
+    def check(found: Pair) -> None:
+        assert all(map(torch.equal, found, wanted))
 
     compare(
         Case("sample_negatives", shape, torch.float32, mode),
         {
-            "sum of sim": lambda sim: sim.sum(),
-            "argmax": plain,
-            **compiled(plain),
-            "this library": partial(library, mode=mode),
+            "sum of sim": lambda pair: [sim.sum() for sim in pair],
+            "argmax": both_ways(plain),
+            **compiled(both_ways(plain)),
+            "this library": both_ways(partial(library, mode=mode)),
         },
         inputs,
         check,

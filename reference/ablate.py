@@ -56,6 +56,7 @@ VARIANTS = {
     "sync": Variant(300, {}),
     "sync, patches only": Variant(300, {"masks": "patches"}),
     "sync, words only": Variant(300, {"masks": "words"}),
+    "sync, words by image_effect": Variant(300, {"word_score": "image_effect"}),
     "sync, no noise": Variant(300, {"mask_noise": 0.0}),
     "sync, young teacher": Variant(100, {}),
     "sync, grown teacher": Variant(600, {}),

@@ -5,10 +5,13 @@ teacher's multi-modal encoder" in descending order and masks the top. What it le
 here, by runs on the drawn catalogue:
 
 - **Words.** A row of the words' attention to patches sums to one whether or not the word can be
-  seen, so attention weights say little about words. The default ``image_effect`` is how far its
-  image moves a word: one minus the cosine between the teacher's fused word with its image and with
-  the mean image of the batch. (The abstract speaks of "cross-attentional features".)
-  ``text_softmax``, ``dual`` and ``max`` are the operator's rules on the attention of one layer.
+  seen, so attention weights say little about words. A row of the patches' attention to words says
+  which word a patch chose: the default ``image_to_text`` is the most that any patch attends to a
+  word, in the fusion encoder that rebuilds patches (``image_to_text_cls``: what the image's CLS
+  does). ``image_effect`` is how far its image moves a word: one minus the cosine between the
+  teacher's fused word with its image and with the mean image of the batch. (The abstract speaks of
+  "cross-attentional features".) ``text_softmax``, ``dual`` and ``max`` are the operator's rules on
+  the attention of one layer.
 - **Patches.** The attention of the text's CLS to each patch, weighted by how far the patch's value
   lies from the mean value (``cls_value``, the default). Attention averaged over words (``mean``, or
   ``value`` with those weights) can rest on the background, and so can, in some runs, that of the
@@ -77,18 +80,22 @@ def teacher_masks(
     captured = Captured.nothing()
     fused = teacher.fuse(text, batch.attended, image, captured)
     query, key, value = captured.cross_attention[config.mask_layer]
-    effect = None
+    own_scores = None
     if config.word_score == "image_effect":
         mean_image = image.mean(dim=0, keepdim=True) if mean_image is None else mean_image
-        effect = image_effect(teacher, mean_image, text, batch.attended, fused)
+        own_scores = image_effect(teacher, mean_image, text, batch.attended, fused)
+    elif config.word_score in ("image_to_text", "image_to_text_cls"):
+        chosen_by = image_to_text(teacher, image, text, batch.attended)
+        by_cls = config.word_score == "image_to_text_cls"
+        own_scores = chosen_by[:, 0] if by_cls else chosen_by[:, 1:].amax(dim=1)
     masks = smk.sync_topk_mask_qk(
         query,
         key,
         batch.token_valid,
         v=value if config.patch_score.endswith("value") else None,
         patch_score="cls" if config.patch_score.startswith("cls") else "mean",
-        token_score="max" if effect is not None else config.word_score,
-        token_scores=effect,
+        token_score="max" if own_scores is not None else config.word_score,
+        token_scores=own_scores,
         patch_ratio=config.patch_ratio,
         token_ratio=config.token_ratio,
         word_ids=batch.word_ids,
@@ -156,6 +163,16 @@ def image_effect(
     """
     nondescript = mean_image.expand(len(text), -1, -1)
     return 1 - F.cosine_similarity(fused, teacher.fuse(text, attended, nondescript), dim=-1)
+
+
+def image_to_text(teacher: SyncMaskModel, image: Tensor, text: Tensor, attended: Tensor) -> Tensor:
+    """``[B, 1 + P, T]``: how much each patch attends to each word, in the fusion that rebuilds
+    patches: its last layer's mean over heads.
+    """
+    captured = Captured.nothing()
+    teacher.image_fusion(image, None, text, attended, captured=captured)
+    query, key, _ = captured.cross_attention[-1]
+    return smk.attention_map(query, key, key_valid=attended, skip_keys=0)
 
 
 def _noise(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -103,6 +103,12 @@ def sync_topk_mask(
     )
 
 
+def attention_map(q: Tensor, k: Tensor, *, key_valid: Tensor, skip_keys: int) -> Tensor:
+    logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    logits = logits.masked_fill(~key_valid[:, None, None], -math.inf)
+    return logits.softmax(dim=3).mean(dim=1)[..., skip_keys:]
+
+
 def sync_topk_mask_qk(
     q: Tensor,
     k: Tensor,
@@ -310,6 +316,7 @@ def ema_update_(teacher: nn.Module, student: nn.Module, momentum: float) -> None
 _OPERATORS: dict[str, Any] = {
     function.__name__: function
     for function in (
+        attention_map,
         attentive_mask,
         ema_update_,
         enqueue_,

@@ -43,6 +43,12 @@ def test_rules_of_the_study_are_those_of_training() -> None:
             expected = teacher_masks(model, batch, image, text, config).patch_scores
             got = patches[f"{rule}, layer {layer}"]
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    for rule, name in (("image_to_text", "max"), ("image_to_text_cls", "cls")):
+        config.word_score = rule
+        expected = teacher_masks(model, batch, image, text, config).token_scores
+        got = words[f"image to text, {name}, layer 1"].masked_fill(~batch.token_valid, 0)
+        expected = expected.masked_fill(~batch.token_valid, 0)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     for scores in (*words.values(), *patches.values()):
         assert scores.isfinite().all()
 

@@ -168,7 +168,12 @@ def test_masked_patches_are_hidden(model: SyncMaskModel, batch: Batch) -> None:
     )
 
 
-@pytest.mark.parametrize("word_score", ["image_effect", "text_softmax", "dual", "max"])
+WORD_SCORES = [
+    "image_effect", "image_to_text", "image_to_text_cls", "text_softmax", "dual", "max"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word_score", WORD_SCORES)
 @pytest.mark.parametrize("patch_score", ["cls", "cls_value", "mean", "value"])
 def test_masks_are_whole_words_of_the_ratio(
     model: SyncMaskModel, batch: Batch, word_score: str, patch_score: str
@@ -197,7 +202,7 @@ def test_rules_score_differently(model: SyncMaskModel, batch: Batch) -> None:
     def scores(**rules: str) -> smk.SyncMask:
         return teacher_masks(model, batch, image, text, MaskConfig(**rules))
 
-    words = [scores(word_score=rule).token_scores for rule in ("image_effect", "dual", "max")]
+    words = [scores(word_score=rule).token_scores for rule in WORD_SCORES]
     patches = [
         scores(patch_score=rule).patch_scores for rule in ("cls", "cls_value", "mean", "value")
     ]
