@@ -1,13 +1,10 @@
-"""ALBEF (salesforce/ALBEF): its pretraining step with these operators.
+"""The parts of ALBEF's pretraining step, each to be called by hand.
 
-`patch` gives one model a forward of our own on the host's submodules, queues and parameters; the
-functions that it is made of can be called by hand in a forward that differs. Names of modules and
-buffers are the host's; see docs/integrations/albef.md.
+`model` is the host's: a module with the submodules, buffers and attributes that are named.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,47 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from syncmask_kernels import _checks
-from syncmask_kernels.backends.overloads.negatives import MODES
-from syncmask_kernels.backends.request import TOKEN_SCORES
 from syncmask_kernels.integrations.bert_attention import Captured, capture_attention
 from syncmask_kernels.integrations.mlm import masked_lm_loss
-from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 from syncmask_kernels.masking import mask_tokens, token_valid
 from syncmask_kernels.momentum import ema_update_
 from syncmask_kernels.negatives import Negatives, sample_negatives
 from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
 from syncmask_kernels.selection import SyncMask
 
-__all__ = [
-    "Encoded",
-    "HardNegatives",
-    "MaskedWords",
-    "Patched",
-    "capture_attention",
-    "contrast",
-    "cross_attention",
-    "encode",
-    "enqueue_keys_",
-    "hard_negatives",
-    "masked_lm_loss",
-    "matching_loss",
-    "mlm_loss",
-    "patch",
-    "random_words",
-    "sync_masks",
-    "sync_words",
-    "teacher_attention",
-    "unpatch",
-    "update_teacher_",
-]
-
 IGNORED = -100
 TEMPERATURES = 0.001, 0.5  # the host clamps its temperature to these
-
-_ENCODERS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
-_MODULES = {*_ENCODERS, *(f"{name}_m" for name in _ENCODERS), "itm_head"}
-_BUFFERS = {"image_queue", "text_queue", "queue_ptr"}
-_TOKENS = ("pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+ENCODERS = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")  # teacher's: with "_m"
 
 
 class Encoded(NamedTuple):
@@ -92,7 +59,7 @@ def encode(model: Any, image: Tensor, text: Any, *, momentum: bool = False) -> E
         text: with `input_ids` and `attention_mask` ``[B, T]``, as the tokenizer returns it.
         momentum: default False. True does not record gradients.
     """
-    parts = [getattr(model, f"{name}_m" if momentum else name) for name in _ENCODERS]
+    parts = [getattr(model, f"{name}_m" if momentum else name) for name in ENCODERS]
     visual_encoder, vision_proj, text_encoder, text_proj = parts
     with torch.set_grad_enabled(torch.is_grad_enabled() and not momentum):
         seen = visual_encoder(image)
@@ -356,196 +323,3 @@ def mlm_loss(
         teacher=teacher,
         alpha=alpha,
     )
-
-
-class _Masks(NamedTuple):
-    """How the teacher chooses words."""
-
-    layers: tuple[int, ...]
-    token_ratio: float
-    token_score: str
-
-
-class _Forward(Replacement):
-    """The pretraining step; `model(image, text, alpha)` returns the host's three losses."""
-
-    def __init__(self, model: nn.Module, masks: _Masks | None, negatives: str) -> None:
-        super().__init__(model)
-        self.masks, self.negatives = masks, negatives
-
-    def __str__(self) -> str:
-        by = "at random" if self.masks is None else f"by the teacher, {self.masks._asdict()}"
-        return (
-            f"ITC that copies no queue; {self.negatives} negatives without a loop; "
-            f"MLM head on masked words alone; words chosen {by}"
-        )
-
-    def _words(self, text: Any, teacher: Encoded) -> MaskedWords:
-        if self.masks is None:
-            return random_words(self.module, text)
-        chosen = sync_masks(self.module, teacher, text, patch_k=0, **self.masks._asdict())
-        return sync_words(self.module, text, chosen)
-
-    def __call__(
-        self,
-        image: Tensor,
-        text: Any,
-        alpha: float | Tensor = 0,
-        *,
-        item_ids: Tensor | None = None,
-        negatives: HardNegatives | None = None,
-        words: MaskedWords | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        model = self.module
-        with torch.no_grad():
-            model.temp.clamp_(*TEMPERATURES)
-        student = encode(model, image, text)
-        model._momentum_update()
-        teacher = encode(model, image, text, momentum=True)
-        itc, *sims = contrast(model, student, teacher, alpha)
-        model._dequeue_and_enqueue(teacher.image_feat, teacher.text_feat)
-        if negatives is None:
-            negatives = hard_negatives(*sims, item_ids=item_ids, mode=self.negatives)
-        itm = matching_loss(model, student, text.attention_mask, negatives)
-        if words is None:
-            words = self._words(text, teacher)
-        mlm = mlm_loss(model, words, text.attention_mask, student.image, teacher.image, alpha)
-        return mlm, itc, itm
-
-
-class _MomentumUpdate(Replacement):
-    does = "in place, batched over parameters"
-
-    def __call__(self) -> None:
-        update_teacher_(self.module)
-
-
-class _Enqueue(Replacement):
-    does = "any batch size, with or without a process group"
-
-    def __call__(self, image_feat: Tensor, text_feat: Tensor) -> None:
-        enqueue_keys_(self.module, image_feat, text_feat)
-
-
-def _check_names(kind: str, got: set[str], wanted: set[str], model: nn.Module) -> None:
-    if wanted - got:
-        raise TypeError(
-            f"model must be ALBEF's pretraining model: {type(model).__name__} lacks the {kind} "
-            f"{', '.join(sorted(wanted - got))}"
-        )
-    if got - wanted:
-        raise TypeError(
-            f"model must be ALBEF's pretraining model: {type(model).__name__} has the {kind} "
-            f"{', '.join(sorted(got - wanted))} too, which the patched forward would leave out; "
-            "call the functions of this module by hand"
-        )
-
-
-def _check_has(name: str, value: Any, *paths: str) -> None:
-    for path in paths:
-        at = value
-        for part in path.split("."):
-            if not hasattr(at, part):
-                raise TypeError(
-                    f"model must be ALBEF's pretraining model: {name}.{path} does not exist"
-                )
-            at = getattr(at, part)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("model must be the model itself, got it wrapped: hand over model.module")
-    _check_names("modules", {name for name, _ in model.named_children()}, _MODULES, model)
-    direct = {name for name, _ in model.named_parameters(recurse=False)}
-    _check_names("parameters", direct, {"temp"}, model)
-    direct = {name for name, _ in model.named_buffers(recurse=False)}
-    _check_names("buffers", direct, _BUFFERS, model)
-    _check_has("model", model, "model_pairs", "momentum", "mlm_probability", "tokenizer")
-    _check_has("model.tokenizer", model.tokenizer, *_TOKENS)
-    for name in ("text_encoder", "text_encoder_m"):
-        wanted = ("cls.predictions.transform", "cls.predictions.decoder", "config.vocab_size")
-        _check_has(f"model.{name}", getattr(model, name), "bert.encoder.layer", *wanted)
-    taken = list(inspect.signature(type(model).forward).parameters)
-    if taken != ["self", "image", "text", "alpha"]:
-        raise TypeError(
-            "model must be ALBEF's pretraining model, whose forward takes image, text and alpha: "
-            f"that of {type(model).__name__} takes {', '.join(taken[1:])}"
-        )
-
-
-def _check_masks(
-    model: Any,
-    syncmask: bool,
-    layers: Sequence[int] | None,
-    token_ratio: float | None,
-    token_score: str,
-) -> _Masks | None:
-    if not syncmask:
-        if layers is not None or token_ratio is not None or token_score != "max":
-            raise ValueError(
-                "layers, token_ratio and token_score need syncmask=True, got "
-                f"layers={layers}, token_ratio={token_ratio}, token_score={token_score!r}"
-            )
-        return None
-    layers = (-1,) if layers is None else tuple(layers)
-    with capture_attention(cross_attention(model.text_encoder_m.bert, layers)):
-        pass  # refuses what it could not capture
-    ratio = model.mlm_probability if token_ratio is None else token_ratio
-    _checks.fraction("token_ratio", ratio)
-    _checks.choice("token_score", token_score, TOKEN_SCORES)
-    return _Masks(layers, ratio, token_score)
-
-
-def patch(
-    model: nn.Module,
-    *,
-    syncmask: bool = False,
-    layers: Sequence[int] | None = None,
-    token_ratio: float | None = None,
-    token_score: str = "max",
-    negatives: str = "multinomial",
-) -> Patched:
-    """Let one ALBEF pretraining model train with these operators. `unpatch` undoes it.
-
-    Replaced, on this instance alone, are `forward`, `_momentum_update` and `_dequeue_and_enqueue`.
-    Modules, parameters, buffers, hooks and the state dict are untouched, so checkpoints go either
-    way; the patched model can be copied, pickled and wrapped by DistributedDataParallel.
-
-    ``model(image, text, alpha)`` then returns ``loss_mlm, loss_ita, loss_itm`` as before. It also
-    takes, by keyword: `item_ids` ``[B]`` int64 (pairs of one item are no negatives of each other),
-    and `negatives` (`HardNegatives`) and `words` (`MaskedWords`) to use instead of what it would
-    choose.
-
-    Args:
-        model: ``ALBEF`` of `models/model_pretrain.py`, not wrapped.
-        syncmask: True lets the momentum model's cross-attention of the clean pair choose the words
-            to mask, for which it runs once more through the first fusion layers. Default: at
-            random, as in the host.
-        layers: whose attention is looked at; see `cross_attention`.
-        token_ratio: share of the words masked. Default: `model.mlm_probability`.
-        token_score: rule of `sync_topk_mask`.
-        negatives: mode of `sample_negatives`, of default margin.
-
-    Returns:
-        Patched: says what was replaced when it is printed; its `unpatch()` puts it back.
-
-    Raises:
-        TypeError: `model` is not what it should be, or has parts that the patched forward would
-            leave out; the message names them.
-        ValueError: `model` is patched already, or an option does not fit. Nothing is replaced then.
-
-    Losses are those of the host, within rounding, but: over no masked word MLM is 0 (there NaN); a
-    row without negatives is not counted (there an error); special tokens are never random words;
-    for alpha 0 the momentum model does not run on masked words.
-    """
-    _check_model(model)
-    _checks.choice("negatives", negatives, MODES)
-    masks = _check_masks(model, syncmask, layers, token_ratio, token_score)
-    replacements = {
-        "forward": _Forward(model, masks, negatives),
-        "_momentum_update": _MomentumUpdate(model),
-        "_dequeue_and_enqueue": _Enqueue(model),
-    }
-    return install(model, replacements)
