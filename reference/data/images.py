@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from reference.data.broken import Broken, stand_ins
@@ -25,7 +25,11 @@ def fit(image: Image.Image, size: int) -> Pixels:
 
 def decode(data: bytes, size: int) -> Pixels:
     """`fit` of a file's content."""
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # whose message holds an address in memory
+        raise ValueError("no image of a known format") from error
+    with opened as image:
         # A JPEG can be decoded at a fraction of its size; twice the target keeps the quality.
         image.draft("RGB", (2 * size, 2 * size))
         return fit(image, size)
@@ -64,8 +68,8 @@ class StoredImages:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """uint8 ``[*rows.shape, 3, S, S]``, all of which must be readable."""
-        images = [self._read(row) for row in rows.flatten().tolist()]
-        return stacked(images).unflatten(0, rows.shape)
+        images = stacked([self._read(row) for row in rows.flatten().tolist()])
+        return images.view(*rows.shape, *images.shape[1:])
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The images of a batch ``[B]``, and which they are: another one's for a broken one.

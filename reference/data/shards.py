@@ -24,6 +24,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
+from webdataset.gopen import gopen
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from reference import ranks
 from reference.data.broken import Broken, stand_ins
@@ -73,20 +76,27 @@ def shards_of(folder: str | Path, split: str) -> list[str]:
 
 def read_samples(shards: Iterable[str], problems: list[str]) -> Iterator[Sample]:
     """The usable samples of shards, in their order; what is not usable goes to `problems`."""
+    for shard in shards:
 
-    def name_problem(error: Exception) -> bool:
-        where = " ".join(part for part in error.args if isinstance(part, str))
-        problems.append(f"{type(error).__name__}: {where}")
-        return True
+        def name_problem(error: Exception, shard: str = shard) -> bool:
+            problems.append(f"{shard}: {type(error).__name__}: {error.args[0]}")
+            return True
 
-    urls = ({"url": url} for url in shards)
-    for files in webdataset.tarfile_to_samples(handler=name_problem)(urls):
-        name = f"{Path(files['__url__']).name}:{files['__key__']}"
-        sample = _sample(name, files)
-        if isinstance(sample, str):
-            problems.append(f"{name}: {sample}")
-        else:
-            yield sample
+        try:
+            stream = gopen(shard)
+        except OSError as error:
+            problems.append(f"{shard}: {error}")
+            continue
+        with stream:
+            opened = [{"url": shard, "stream": stream}]
+            files = tar_file_expander(opened, handler=name_problem)
+            for found in group_by_keys(files, handler=name_problem):
+                name = f"{shard.rpartition('/')[2]}:{found['__key__']}"
+                sample = _sample(name, found)
+                if isinstance(sample, str):
+                    problems.append(f"{name}: {sample}")
+                else:
+                    yield sample
 
 
 def _sample(name: str, files: dict[str, Any]) -> Sample | str:
@@ -174,7 +184,85 @@ class Part(NamedTuple):
     problems: list[str]
 
 
-class ShardStream(IterableDataset[Part]):
+@dataclass(frozen=True)
+class Order:
+    """In which order one rank reads samples, but for where it begins."""
+
+    shards: list[str]
+    """of all ranks"""
+    rank: int
+    ranks: int
+    workers: int
+    """at least 1"""
+    batch_size: int
+    buffer: int
+    """samples among which a worker shuffles"""
+    seed: int
+
+    def samples(
+        self, part: int, start: Position, problems: list[str]
+    ) -> Iterator[tuple[Sample, Position]]:
+        """Samples of a worker without end after `start`, and how far it is with each."""
+        reader, readers = self.rank * self.workers + part, self.ranks * self.workers
+        for epoch in itertools.count(start.epoch):
+            dealt = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
+            own = dealt[reader::readers]
+            chance = random.Random(f"{self.seed} {epoch} {reader}")
+            mix = webdataset.shuffle(self.buffer, initial=self.buffer, rng=chance)
+            number = 0
+            for number, sample in enumerate(mix(read_samples(own, problems)), 1):
+                if epoch > start.epoch or number > start.taken:
+                    yield sample, Position(epoch, number)
+            if number == 0:
+                raise ValueError(f"{len(own)} shards hold no pair: {'; '.join(problems[:3])}")
+
+
+class ShardReader(IterableDataset[Part]):
+    """The parts that batches are made of, decoded by the workers of a DataLoader in turn.
+
+    Args:
+        order: of the samples.
+        positions: where each worker begins.
+        batches: how many were taken of all workers; tells whose turn it is.
+        image_size: side of the images.
+    """
+
+    def __init__(
+        self, order: Order, positions: list[Position], batches: int, image_size: int
+    ) -> None:
+        self.order, self.positions, self.batches = order, positions, batches
+        self.image_size = image_size
+
+    def __iter__(self) -> Iterator[Part]:
+        worker = get_worker_info()
+        # A loader begins with its first worker, which therefore takes the part whose turn it is.
+        part = (self.batches + (0 if worker is None else worker.id)) % self.order.workers
+        problems: list[str] = []
+        samples = self.order.samples(part, self.positions[part], problems)
+        while True:
+            yield self._decoded(list(itertools.islice(samples, self.order.batch_size)), problems)
+            problems.clear()
+
+    def _decoded(self, batch: list[tuple[Sample, Position]], problems: list[str]) -> Part:
+        images = [attempt(decode, sample.image, self.image_size) for sample, _ in batch]
+        wrong = [
+            f"{sample.name}: {image}"
+            for image, (sample, _) in zip(images, batch, strict=True)
+            if isinstance(image, str)
+        ]
+        places = stand_ins([not isinstance(image, str) for image in images])
+        shown = [image for place in places if not isinstance(image := images[place], str)]
+        records = [batch[place][0].record for place in places]
+        return Part(
+            stacked(shown) if shown else None,
+            [record["caption"] for record in records],
+            torch.tensor([item_id(record) for record in records], dtype=torch.int64),
+            batch[-1][1],
+            problems + wrong,
+        )
+
+
+class ShardStream:
     """Batches of training pairs without end, for one rank.
 
     ``next(stream)`` is a batch as `PairDataset` gives it, without a number of rows. The place of a
@@ -209,34 +297,28 @@ class ShardStream(IterableDataset[Part]):
         max_broken: float = 0.1,
         seed: int = 0,
     ) -> None:
-        self.shards, self.tokenizer, self.length = shards, tokenizer, length
-        self.batch_size, self.image_size = batch_size, image_size
-        self.workers, self.buffer, self.seed = workers, buffer, seed
-        self.rank, self.ranks = ranks.rank(), ranks.size()
-        self.broken = Broken("training shards", max_broken, _GRACE)
-        self.positions = [Position()] * max(1, workers)
-        self.batches = 0
-        self._parts: Iterator[Part] | None = None
-        readers = self.ranks * len(self.positions)
-        if len(shards) < readers:
+        parts = max(1, workers)
+        if len(shards) < ranks.size() * parts:
             raise ValueError(
-                f"{len(shards)} shards are too few for {self.ranks} processes of "
-                f"{len(self.positions)} workers: make at least {readers}, or lower workers"
+                f"{len(shards)} shards are too few for {ranks.size()} processes of {parts} "
+                f"workers: make at least {ranks.size() * parts}, or lower workers"
             )
-
-    # ---- what training calls ----
+        self.tokenizer, self.length, self.image_size = tokenizer, length, image_size
+        self.order = Order(shards, ranks.rank(), ranks.size(), parts, batch_size, buffer, seed)
+        self.workers, self.positions, self.batches = workers, [Position()] * parts, 0
+        self.broken = Broken("training shards", max_broken, _GRACE)
+        self._parts: Iterator[Part] | None = None
 
     def __next__(self) -> dict[str, Tensor]:
-        if self._parts is None:
-            loader = DataLoader(self, batch_size=None, num_workers=self.workers)
-            self._parts = iter(loader)
-        while True:
-            part = next(self._parts)
-            self.positions[self.batches % len(self.positions)] = part.position
-            self.batches += 1
-            self.broken.note(self.batch_size, part.problems)
-            if part.images is not None:
-                break
+        """The next batch.
+
+        Raises:
+            TooManyBroken: see `Broken`.
+            ValueError: a worker's shards hold no pair.
+        """
+        part = self._next_part()
+        while part.images is None:
+            part = self._next_part()
         input_ids, word_ids = tokenize(self.tokenizer, part.captions, self.length)
         return {
             "image": part.images,
@@ -246,13 +328,20 @@ class ShardStream(IterableDataset[Part]):
             "index": torch.full_like(part.item_ids, -1),
         }
 
+    def _next_part(self) -> Part:
+        if self._parts is None:
+            reader = ShardReader(self.order, self.positions.copy(), self.batches, self.image_size)
+            self._parts = iter(DataLoader(reader, batch_size=None, num_workers=self.workers))
+        part = next(self._parts)
+        self.positions[self.batches % len(self.positions)] = part.position
+        self.batches += 1
+        self.broken.note(self.order.batch_size, part.problems)
+        return part
+
     def state_dict(self) -> dict[str, Any]:
         """How far every worker of this rank is."""
-        return {
-            "batches": self.batches,
-            "positions": [tuple(position) for position in self.positions],
-            "sizes": self._sizes(),
-        }
+        positions = [tuple(position) for position in self.positions]
+        return {"batches": self.batches, "positions": positions, "sizes": self._sizes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there.
@@ -269,51 +358,6 @@ class ShardStream(IterableDataset[Part]):
         self.positions = [Position(*position) for position in state["positions"]]
 
     def _sizes(self) -> tuple[int, ...]:
-        workers = len(self.positions)
-        return len(self.shards), self.ranks, workers, self.batch_size, self.buffer, self.seed
-
-    # ---- what a worker does ----
-
-    def __iter__(self) -> Iterator[Part]:
-        worker = get_worker_info()
-        # A loader always begins with its first worker, which takes the part of the one whose turn
-        # it is.
-        turn = self.batches + (0 if worker is None else worker.id)
-        part = turn % len(self.positions)
-        problems: list[str] = []
-        samples = self._samples(part, problems)
-        while True:
-            batch = list(itertools.islice(samples, self.batch_size))
-            images = [attempt(decode, sample.image, self.image_size) for sample, _ in batch]
-            problems += [
-                f"{sample.name}: {image}"
-                for image, (sample, _) in zip(images, batch, strict=True)
-                if isinstance(image, str)
-            ]
-            places = stand_ins([not isinstance(image, str) for image in images])
-            shown = [image for place in places if not isinstance(image := images[place], str)]
-            records = [batch[place][0].record for place in places]
-            yield Part(
-                stacked(shown) if shown else None,
-                [record["caption"] for record in records],
-                torch.tensor([item_id(record) for record in records], dtype=torch.int64),
-                batch[-1][1],
-                problems.copy(),
-            )
-            problems.clear()
-
-    def _samples(self, part: int, problems: list[str]) -> Iterator[tuple[Sample, Position]]:
-        """Samples without end from where a worker stopped, and how far it is with each."""
-        first, taken = self.positions[part]
-        reader, readers = self.rank * len(self.positions) + part, self.ranks * len(self.positions)
-        for epoch in itertools.count(first):
-            order = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
-            own = order[reader::readers]
-            chance = random.Random(f"{self.seed} {epoch} {reader}")
-            mix = webdataset.shuffle(self.buffer, initial=self.buffer, rng=chance)
-            number = 0
-            for number, sample in enumerate(mix(read_samples(own, problems)), 1):
-                if epoch > first or number > taken:
-                    yield sample, Position(epoch, number)
-            if number == 0:
-                raise ValueError(f"{len(own)} shards hold no pair: {'; '.join(problems[:3])}")
+        order = self.order
+        sizes = order.ranks, order.workers, order.batch_size, order.buffer, order.seed
+        return len(order.shards), *sizes
