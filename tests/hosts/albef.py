@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -59,11 +59,10 @@ def make_batch(size: Size, pairs: int, words: int, generator: torch.Generator) -
     return Batch(image, text)
 
 
-def real_albef(tmp_path: Path, size: Size) -> nn.Module:
-    """The host's own model at a small size; skips where there is no clone."""
-    host = load(folder_of(VARIABLE, URL), "models.model_pretrain")
-    bert_config = tmp_path / "config_bert.json"
-    bert_config.write_text(
+def bert_config(tmp_path: Path, size: Size) -> Path:
+    """The file that `BertConfig.from_json_file` reads."""
+    path = tmp_path / "config_bert.json"
+    path.write_text(
         json.dumps(
             {
                 "architectures": ["BertForMaskedLM"],
@@ -82,25 +81,42 @@ def real_albef(tmp_path: Path, size: Size) -> nn.Module:
             }
         )
     )
-    config = host.BertConfig.from_json_file(bert_config)
-    checkpoint = tmp_path / "bert"
-    host.BertForMaskedLM(config).save_pretrained(checkpoint, safe_serialization=False)
+    return path
+
+
+def small_images(host: ModuleType, size: Size) -> Any:
+    """The host's image encoder, with our sizes in place of those that its code names."""
     encoder = host.VisionTransformer
 
     def small(**given: Any) -> nn.Module:
         sizes = {"embed_dim": size.width, "depth": size.image_layers, "num_heads": size.heads}
         return encoder(**{**given, **sizes})
 
-    with mock.patch.object(host, "VisionTransformer", small):
+    return mock.patch.object(host, "VisionTransformer", small)
+
+
+def bert_checkpoint(host: ModuleType, config_file: Path) -> str:
+    """A folder that the host's `BertForMaskedLM.from_pretrained` reads."""
+    folder = config_file.with_name("bert")
+    encoder = host.BertForMaskedLM(host.BertConfig.from_json_file(config_file))
+    encoder.save_pretrained(folder, safe_serialization=False)
+    return str(folder)
+
+
+def real_albef(tmp_path: Path, size: Size) -> nn.Module:
+    """The host's own model at a small size; skips where there is no clone."""
+    host = load(folder_of(VARIABLE, URL), "models.model_pretrain")
+    config_file = bert_config(tmp_path, size)
+    with small_images(host, size):
         return host.ALBEF(
-            text_encoder=str(checkpoint),
+            text_encoder=bert_checkpoint(host, config_file),
             tokenizer=TOKENIZER,
             config={
                 "mlm_probability": 0.15,
                 "embed_dim": size.embed,
                 "image_res": size.image,
                 "vision_width": size.width,
-                "bert_config": str(bert_config),
+                "bert_config": str(config_file),
                 "queue_size": size.queue,
                 "momentum": 0.9,
                 "temp": 0.07,

@@ -1,0 +1,201 @@
+"""FashionSAP (hssip/FashionSAP): ALBEF for fashion, with products' ids and masks of the dataset.
+
+`patch` gives one model a forward of our own on the host's submodules, queues and parameters; see
+docs/integrations/children.md. What is done as in ALBEF is taken from `integrations.albef`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from syncmask_kernels import _checks
+from syncmask_kernels.backends.overloads.negatives import MODES
+from syncmask_kernels.integrations.albef import (
+    TEMPERATURES,
+    Encoded,
+    HardNegatives,
+    hard_negatives,
+    masked_lm_loss,
+    matching_loss,
+    update_teacher_,
+)
+from syncmask_kernels.integrations.replacing import Patched, Replacement, install
+from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
+
+_ENCODERS = (
+    "visual_encoder",
+    "vision_proj",
+    "text_encoder",
+    "text_proj",
+    "combine_vision_proj",
+    "combine_text_proj",
+)
+_MODULES = {
+    *_ENCODERS,
+    *(f"{name}_m" for name in _ENCODERS),
+    "itm_head",
+    "decoder_layer",
+    "replace_predict_layer",
+}
+_BUFFERS = {"image_queue", "text_queue", "queue_ptr", "idx_queue"}
+
+
+class Losses(NamedTuple):
+    """The host's five losses, in its order."""
+
+    itc: Tensor
+    itm: Tensor
+    symbol: Tensor
+    mlm: Tensor
+    replaced: Tensor
+
+
+def encode(
+    model: Any, image: Tensor, input_ids: Tensor, attention_mask: Tensor, *, momentum: bool = False
+) -> tuple[Encoded, Tensor]:
+    """Image and text, and the feature ``[B, E]`` of the symbol that is the second token."""
+    parts = [getattr(model, f"{name}_m" if momentum else name) for name in _ENCODERS]
+    visual_encoder, vision_proj, text_encoder, text_proj, combine_vision, combine_text = parts
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not momentum):
+        seen = visual_encoder(image)
+        read = text_encoder(
+            input_ids, attention_mask=attention_mask, return_dict=True, mode="text"
+        ).last_hidden_state
+        image_feat = F.normalize(combine_vision(vision_proj(seen[:, 0])), dim=-1)
+        text_feat, symbol = F.normalize(combine_text(text_proj(read[:, :2])), dim=-1).unbind(1)
+    return Encoded(seen, read, image_feat, text_feat), symbol
+
+
+def enqueue_keys_(model: Any, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
+    """The body of `_dequeue_and_enqueue`: of all ranks where there are any, any batch size.
+
+    Args:
+        model: with `image_queue`, `text_queue`, `queue_ptr` and `idx_queue` ``[1, Q]``.
+        image_feat: ``[B, E]`` of the momentum model.
+        text_feat: ``[B, E]`` likewise.
+        idx: ids of the products, ``[B]`` or ``[B, 1]``.
+    """
+    enqueue_(model.image_queue, model.queue_ptr.clone(), image_feat)
+    enqueue_(model.text_queue, model.queue_ptr, text_feat, idx.view(-1), model.idx_queue[0])
+
+
+class _Forward(Replacement):
+    def __init__(self, model: nn.Module, negatives: str) -> None:
+        super().__init__(model)
+        self.negatives = negatives
+
+    def __str__(self) -> str:
+        return (
+            f"ITC that copies no queue; {self.negatives} negatives of other products without a "
+            "loop; MLM head on masked words alone"
+        )
+
+    def __call__(
+        self,
+        image: Tensor,
+        text_input_ids: Tensor,
+        text_attention_mask: Tensor,
+        alpha: float | Tensor,
+        idx: Tensor,
+        mask_labels: Tensor,
+        replace_labels: Tensor,
+        *,
+        negatives: HardNegatives | None = None,
+    ) -> Losses:
+        model, ids = self.module, idx.view(-1)
+        text = text_input_ids, text_attention_mask
+        with torch.no_grad():
+            model.temp.clamp_(*TEMPERATURES)
+        student, symbol = encode(model, image, *text)
+        model._momentum_update()
+        teacher, _ = encode(model, image, *text, momentum=True)
+        itc, *sims = queue_contrastive_loss(
+            student.image_feat,
+            student.text_feat,
+            teacher.image_feat,
+            teacher.text_feat,
+            model.image_queue,
+            model.text_queue,
+            model.temp,
+            alpha=alpha,
+            item_ids=ids,
+            queue_ids=model.idx_queue[0],
+        )
+        model._dequeue_and_enqueue(teacher.image_feat, teacher.text_feat, idx)
+        if negatives is None:
+            negatives = hard_negatives(*sims, item_ids=ids, mode=self.negatives)
+        fused = model.text_encoder(
+            encoder_embeds=student.text,
+            attention_mask=text_attention_mask,
+            encoder_hidden_states=student.image,
+            return_dict=True,
+            mode="fusion",
+        ).last_hidden_state
+        replaced = model.replace_predict_layer(fused)
+        return Losses(
+            itc,
+            matching_loss(model, student, text_attention_mask, negatives, right=fused),
+            (1 - (symbol * student.image_feat).sum(dim=1).mean()) / 2,
+            masked_lm_loss(model.decoder_layer.predictions, fused, mask_labels),
+            F.cross_entropy(replaced.flatten(0, 1), replace_labels.flatten()),
+        )
+
+
+class _MomentumUpdate(Replacement):
+    does = "in place, batched over parameters"
+
+    def __call__(self) -> None:
+        update_teacher_(self.module)
+
+
+class _Enqueue(Replacement):
+    does = "any batch size, with or without a process group"
+
+    def __call__(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
+        enqueue_keys_(self.module, image_feat, text_feat, idx)
+
+
+def patch(model: nn.Module, *, negatives: str = "multinomial") -> Patched:
+    """Let one FashionSAP pretraining model train with these operators. `unpatch` undoes it.
+
+    Replaced, on this instance alone, are `forward`, `_momentum_update` and `_dequeue_and_enqueue`;
+    state dict and hooks are untouched. The model is called as before, and takes by keyword
+    `negatives` (`integrations.albef.HardNegatives`) to use instead of what it would draw.
+
+    Args:
+        model: ``FashionSAP`` of `models/model_fashion_pretrain.py`, not wrapped.
+        negatives: mode of `sample_negatives`.
+
+    Raises:
+        TypeError: `model` is not what it should be; the message names what it lacks.
+        ValueError: `model` is patched already, or `negatives` is no mode.
+
+    Losses are those of the host, within rounding, but: other views of the product (equal `idx`) are
+    no negatives, which the host draws although its contrastive targets know them; over no masked
+    word MLM is 0 (there NaN); a row without negatives is not counted.
+    """
+    _checks.choice("negatives", negatives, MODES)
+    for kind, found, wanted in (
+        ("modules", model.named_children(), _MODULES),
+        ("buffers", model.named_buffers(recurse=False), _BUFFERS),
+    ):
+        got = {name for name, _ in found}
+        if got != wanted:
+            raise TypeError(
+                f"model must be FashionSAP's pretraining model, of the {kind} "
+                f"{', '.join(sorted(wanted))}: {type(model).__name__} lacks "
+                f"{', '.join(sorted(wanted - got)) or 'none'} and has "
+                f"{', '.join(sorted(got - wanted)) or 'none'} besides"
+            )
+    return install(
+        model,
+        {
+            "forward": _Forward(model, negatives),
+            "_momentum_update": _MomentumUpdate(model),
+            "_dequeue_and_enqueue": _Enqueue(model),
+        },
+    )
