@@ -54,7 +54,7 @@ class _Tap:
         crossed = given.get("encoder_hidden_states") is not None
         mask = given.get("encoder_attention_mask" if crossed else "attention_mask")
         self.seen = {}
-        self.key_valid = None if mask is None else _valid_keys(mask, given["hidden_states"])
+        self.key_valid = None if mask is None else _valid_keys(mask)
 
     def see(self, name: str, projected: Tensor) -> None:
         heads = self.module.num_attention_heads
@@ -65,13 +65,13 @@ class _Tap:
         return len(self.seen) == len(PROJECTIONS)
 
 
-def _valid_keys(mask: Tensor, hidden: Tensor) -> Tensor:
-    """An additive mask, 0 where a key takes part -> ``[B, S]`` bool."""
+def _valid_keys(mask: Tensor) -> Tensor:
+    """An additive mask, 0 where a key takes part -> bool, ``[B, S]`` or what expands to it."""
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         raise ValueError(
             f"modules must mask keys alone, [B, 1, 1, S], got a mask of shape {tuple(mask.shape)}"
         )
-    return (mask[:, 0, 0] == 0).expand(hidden.shape[0], -1)
+    return mask[:, 0, 0] == 0
 
 
 class Captured:
@@ -104,7 +104,8 @@ class Captured:
     @property
     def key_valid(self) -> Tensor | None:
         """``[B, S]`` bool where the model passes a mask, which is the same for all layers."""
-        return self._taps[0].key_valid
+        keys, valid = self.k[0], self._taps[0].key_valid
+        return None if valid is None else valid.expand(keys.shape[0], keys.shape[2])
 
     def map(self, *, skip_keys: int = 1) -> Tensor:
         """``[B, T, S - skip_keys]``: `attention_map`, the mean over heads and modules."""
