@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_as_accurate
 from torch import Tensor, nn
 
 import syncmask_kernels as smk
+from tests.accuracy import assert_as_accurate
 
 pytest.importorskip("transformers", minversion="5")
 
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel
 
-from syncmask_kernels.integrations.transformers import collect_maps, masked_lm_loss
+from syncmask_kernels.integrations.transformers import (
+    capture_attention,
+    collect_maps,
+    masked_lm_loss,
+)
 
 WIDTH, WORDS, CLS, SEP, MASK = 32, 97, 1, 2, 3
 
@@ -229,7 +233,7 @@ def test_refuses_what_it_cannot_collect() -> None:
             pass
     model.set_attn_implementation("syncmask")
     with (
-        pytest.raises(ValueError, match="another collect_maps"),
+        pytest.raises(ValueError, match="twice at a time"),
         collect_maps(model, [1]),
         collect_maps(model),
     ):
@@ -418,3 +422,22 @@ def test_the_maps_choose_what_eager_attentions_choose() -> None:
     chosen = smk.sync_topk_mask(maps[2].unsqueeze(1), valid, patch_valid=patches, skip_keys=0)
     assert torch.equal(chosen.token_mask, wanted.token_mask)
     assert torch.equal(chosen.patch_mask, wanted.patch_mask)
+
+
+def test_captured_inputs_choose_by_every_rule() -> None:
+    """From q and k: what softmaxed attention with its normaliser gives, and value weights."""
+    teacher, given = bert().bert.eval(), inputs(batch=16)
+    teacher.set_attn_implementation("syncmask")
+    for module in teacher.modules():
+        if hasattr(module, "scaling"):
+            module.scaling *= 1.5
+    with torch.no_grad():
+        with capture_attention(teacher, [0, 2]) as captured:
+            teacher(**given)
+        attn = eager_attentions(teacher, **given).cross_attentions
+    wanted = (head_means(attn)[0] + head_means(attn)[2]) / 2
+    torch.testing.assert_close(captured.map(), wanted, rtol=1e-5, atol=1e-6)
+    valid = smk.token_valid(given["input_ids"], [0, CLS, SEP])
+    chosen = captured.sync_masks(valid, weigh_by_value=True, token_score="dual")
+    assert torch.equal(chosen.token_mask & valid, chosen.token_mask)
+    assert chosen.patch_mask.shape == (16, 10)

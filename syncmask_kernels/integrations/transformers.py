@@ -1,7 +1,7 @@
 """Hugging Face `transformers` (5 or newer): head-mean maps while SDPA serves the attention.
 
 Importing this module registers the attention implementation ``"syncmask"`` with `transformers`:
-SDPA, to the bit, but for the layers whose maps `collect_maps` asks for.
+SDPA, to the bit, but for the layers that `collect_maps` or `capture_attention` asks for.
 
     model.set_attn_implementation("syncmask")  # and back: model.set_attn_implementation("sdpa")
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ from transformers.masking_utils import sdpa_mask
 
 from syncmask_kernels import _checks
 from syncmask_kernels.attention import attention_map, attention_with_map, wants_grad
+from syncmask_kernels.integrations.bert_attention import Captured
 from syncmask_kernels.integrations.mlm import masked_lm_loss
 
-__all__ = ["IMPLEMENTATION", "collect_maps", "masked_lm_loss"]
+__all__ = ["IMPLEMENTATION", "Captured", "capture_attention", "collect_maps", "masked_lm_loss"]
 
 IMPLEMENTATION = "syncmask"
 KINDS = ("cross_attentions", "attentions")
@@ -30,7 +32,7 @@ EXCLUDED = -1e4  # the largest additive mask in use: that of BERT before transfo
 REFUSED = ("position_bias", "softcap", "s_aux")
 
 
-class _Request(NamedTuple):
+class _MapWanted(NamedTuple):
     """Where the map of one attention module goes, and what of it."""
 
     maps: dict[int, Tensor]
@@ -39,12 +41,26 @@ class _Request(NamedTuple):
     skip_keys: int
 
 
+class _InputsWanted(NamedTuple):
+    """What `Captured` reads the inputs of one attention module from."""
+
+    tap: SimpleNamespace
+    queries: slice
+
+
+_Request = _MapWanted | _InputsWanted
+
 # On the module itself, where torch.compile guards it.
 REQUEST = "_syncmask_request"
 
 
-def _key_valid(mask: Tensor | None, queries: slice, batch: int) -> tuple[Tensor | None, Any]:
-    """Mask [B, 1, T or 1, S], bool or additive -> key_valid [B, S], and whether it says more."""
+def _key_valid(
+    module: nn.Module, mask: Tensor | None, queries: slice, batch: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask [B, 1, T or 1, S], bool or additive -> key_valid [B, S], and 1, NaN where it says more.
+
+    The host looks at the latter where it does not have to wait.
+    """
     if mask is None:
         return None, None
     if mask.dim() != 4 or mask.shape[1] != 1:
@@ -53,13 +69,17 @@ def _key_valid(mask: Tensor | None, queries: slice, batch: int) -> tuple[Tensor 
         )
     if mask.shape[2] > 1:
         mask = mask[:, :, queries]
-    valid, known = mask, None
-    if mask.dtype != torch.bool:
-        valid = mask == 0
-        known = (valid | (mask <= EXCLUDED)).all()
+    valid = mask if mask.dtype == torch.bool else mask == 0
     keys = valid[:, 0, 0]
-    alike = (valid[:, 0] == keys.unsqueeze(1)).all()
-    return keys.expand(batch, -1), alike if known is None else alike & known
+    only_padding = (valid[:, 0] == keys.unsqueeze(1)).all()
+    if mask.dtype != torch.bool:
+        only_padding &= (valid | (mask <= EXCLUDED)).all()
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not only_padding:
+        raise ValueError(
+            f"attention_mask of {type(module).__name__} must tell padding alone, got one that is "
+            "causal, differs between queries, or is a bias"
+        )
+    return keys.expand(batch, -1), torch.where(only_padding, 1.0, float("nan"))
 
 
 def _refuse(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
@@ -94,24 +114,39 @@ def _attend(
     if request is None:
         return served()
     _refuse(module, query, attention_mask, options)
-    valid, only_padding = _key_valid(attention_mask, request.queries, query.shape[0])
-    host_sees = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if only_padding is not None and host_sees and not only_padding:
-        raise ValueError(
-            f"attention_mask of {type(module).__name__} must tell padding alone, got one that is "
-            "causal, differs between queries, or is a bias"
-        )
-    given: dict[str, Any] = {"key_valid": valid, "scale": scaling, "skip_keys": request.skip_keys}
+    valid, factor = _key_valid(module, attention_mask, request.queries, query.shape[0])
     queries = query[:, :, request.queries]
+    if isinstance(request, _InputsWanted):
+        _keep(request.tap, queries, key, value, valid, factor, scaling)
+        return served()
+    given: dict[str, Any] = {"key_valid": valid, "scale": scaling, "skip_keys": request.skip_keys}
     if dropout == 0 and queries.shape == query.shape and not wants_grad(query, key, value):
         output, found = attention_with_map(query, key, value, **given)
         result = output.transpose(1, 2).contiguous(), None
     else:
         found, result = attention_map(queries, key, **given), served()
-    if only_padding is not None and not host_sees:
-        found = found * torch.where(only_padding, 1.0, float("nan"))
-    request.maps[request.layer] = found
+    request.maps[request.layer] = found if factor is None else found * factor
     return result
+
+
+def _keep(
+    tap: SimpleNamespace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    factor: Tensor | None,
+    scaling: float | None,
+) -> None:
+    """`Captured` scales by D ** -0.5: whatever else is wanted goes into the queries."""
+    rest = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
+    if abs(rest - 1) > 1e-6:
+        query = query * rest
+    if factor is not None:
+        query = query * factor.to(query.dtype)
+    inputs = {"query": query, "key": key, "value": value}
+    tap.seen = {name: tensor.detach() for name, tensor in inputs.items()}
+    tap.key_valid, tap.complete = valid, True
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
@@ -136,6 +171,40 @@ def _attention_modules(model: PreTrainedModel, kind: str) -> list[nn.Module]:
     if not found:
         raise ValueError(f"model must have {kind} to record, {type(model).__name__} has none")
     return found
+
+
+def _chosen_modules(
+    model: PreTrainedModel, layers: Sequence[int] | None, kind: str, queries: slice
+) -> dict[int, nn.Module]:
+    """Layer -> its attention module, ready to be asked."""
+    _checks.choice("kind", kind, KINDS)
+    if not isinstance(queries, slice):
+        raise TypeError(f"queries must be a slice, got {type(queries).__name__}")
+    modules = _attention_modules(model, kind)
+    chosen = list(range(len(modules)) if layers is None else layers)
+    for layer in chosen:
+        _checks.index("layers", layer, len(modules), f"number of {kind}")
+        config: Any = modules[layer].config
+        implementation = config._attn_implementation
+        if implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"model must attend with {IMPLEMENTATION!r}, got {implementation!r}: call "
+                f"model.set_attn_implementation({IMPLEMENTATION!r})"
+            )
+        if hasattr(modules[layer], REQUEST):
+            raise ValueError(f"model must not be asked twice at a time, layer {layer} is already")
+    return {layer: modules[layer] for layer in chosen}
+
+
+@contextmanager
+def _asking(modules: dict[int, nn.Module], requests: dict[int, Any]) -> Iterator[None]:
+    for layer, module in modules.items():
+        setattr(module, REQUEST, requests[layer])
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            delattr(module, REQUEST)
 
 
 @contextmanager
@@ -171,9 +240,10 @@ def collect_maps(
         runs. With ``skip_keys=0``, ``sync_topk_mask(map.unsqueeze(1), ...)`` chooses from it.
 
     Raises:
-        ValueError: there is no such layer or kind, or another attention implementation is set; from
-            the forward pass, where a mask is more than padding (causal, different from query to
-            query, a bias): a GPU, which is not waited for, makes such a map NaN.
+        ValueError: there is no such layer or kind, another attention implementation is set, or the
+            layer is asked already; from the forward pass, where a mask is more than padding
+            (causal, different from query to query, a bias): a GPU, which is not waited for, makes
+            such a map NaN.
 
     Nothing of the model is changed; it is as before when the block ends.
 
@@ -193,31 +263,55 @@ def collect_maps(
         >>> maps[1].shape  # what CLS sees of the four patches
         torch.Size([3, 1, 4])
     """
-    _checks.choice("kind", kind, KINDS)
     _checks.count("skip_keys", skip_keys)
-    if not isinstance(queries, slice):
-        raise TypeError(f"queries must be a slice, got {type(queries).__name__}")
-    modules = _attention_modules(model, kind)
-    chosen = range(len(modules)) if layers is None else layers
+    modules = _chosen_modules(model, layers, kind, queries)
     maps: dict[int, Tensor] = {}
-    asked: dict[nn.Module, _Request] = {}
-    for layer in chosen:
-        _checks.index("layers", layer, len(modules), f"number of {kind}")
-        asked[modules[layer]] = _Request(maps, layer, queries, skip_keys)
-    for module in asked:
-        config: Any = module.config
-        implementation = config._attn_implementation
-        if implementation != IMPLEMENTATION:
-            raise ValueError(
-                f"model must attend with {IMPLEMENTATION!r}, got {implementation!r}: call "
-                f"model.set_attn_implementation({IMPLEMENTATION!r})"
-            )
-        if hasattr(module, REQUEST):
-            raise ValueError("model must not be inside another collect_maps of the same layers")
-    for module, request in asked.items():
-        setattr(module, REQUEST, request)
-    try:
+    wanted = {layer: _MapWanted(maps, layer, queries, skip_keys) for layer in modules}
+    with _asking(modules, wanted):
         yield maps
-    finally:
-        for module in asked:
-            delattr(module, REQUEST)
+
+
+@contextmanager
+def capture_attention(
+    model: PreTrainedModel,
+    layers: Sequence[int] | None = None,
+    *,
+    kind: str = "cross_attentions",
+    queries: slice = slice(None),
+) -> Iterator[Captured]:
+    """Queries, keys and values of attention layers, for rules that need more than a mean map.
+
+    Args:
+        model: see `collect_maps`.
+        layers: likewise.
+        kind: likewise.
+        queries: likewise.
+
+    Yields:
+        Captured: with `map` (of all layers together) and `sync_masks`; read it after the model has
+        run. Tensors are detached and kept as long as this object is.
+
+    Raises:
+        ValueError: see `collect_maps`.
+
+    Example:
+        >>> import torch, syncmask_kernels as smk
+        >>> from transformers import BertConfig, BertModel
+        >>> from syncmask_kernels.integrations.transformers import capture_attention
+        >>> config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=2, is_decoder=True,
+        ...                     num_attention_heads=2, intermediate_size=8, is_causal=False,
+        ...                     add_cross_attention=True)
+        >>> teacher = BertModel(config).eval()
+        >>> teacher.set_attn_implementation("syncmask")
+        >>> words, image = torch.randint(4, 50, (3, 6)), torch.randn(3, 17, 8)
+        >>> with torch.no_grad(), capture_attention(teacher, [1]) as captured:
+        ...     _ = teacher(words, encoder_hidden_states=image)
+        >>> chosen = captured.sync_masks(smk.token_valid(words, [0]), weigh_by_value=True)
+        >>> chosen.patch_mask.sum(dim=1)
+        tensor([8, 8, 8])
+    """
+    modules = _chosen_modules(model, layers, kind, queries)
+    taps: list[Any] = [SimpleNamespace(complete=False) for _ in modules]
+    wanted = {layer: _InputsWanted(tap, queries) for layer, tap in zip(modules, taps, strict=True)}
+    with _asking(modules, wanted):
+        yield Captured(taps)
