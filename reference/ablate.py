@@ -23,6 +23,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -65,6 +66,7 @@ VARIANTS = {
 }
 PATCH_SHARE = 0.25
 CHUNK = 256
+AT = " at "  # between a figure and the age of the teacher it is of
 
 Table = dict[str, dict[str, list[float]]]
 """Row -> column -> a value for each seed."""
@@ -169,9 +171,9 @@ def _results(study: AblateConfig) -> dict[str, Table]:
         elif where == "catalogue":
             for words, patches, age in _rules(run, study.every):
                 for side, rules in (("Words", words), ("Patches", patches)):
-                    table = results.setdefault(f"{side}, teacher of {age} steps", {})
+                    table = results.setdefault(f"{side}: what rules find after the fact", {})
                     for rule, figures in rules.items():
-                        _append(table, rule, figures)
+                        _append(table, rule, {f"{k}{AT}{age}": v for k, v in figures.items()})
     return results
 
 
@@ -266,28 +268,38 @@ def as_markdown(title: str, table: Table) -> str:
 
 
 def draw(results: dict[str, Table]) -> Figure:
-    """One panel for each column of each table, a bar for each row, a dot for each seed."""
-    panels = [
-        (title, column, {name: row[column] for name, row in table.items() if column in row})
-        for title, table in results.items()
-        for column in dict.fromkeys(c for row in table.values() for c in row)
-    ]
-    height = sum(1 + 0.22 * len(rows) for _, _, rows in panels)
-    figure = Figure(figsize=(8, height), layout="constrained")
-    ratios = [1 + 0.22 * len(rows) for _, _, rows in panels]
-    for axes, (title, column, rows) in zip(
-        figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0],
-        panels,
-        strict=True,
-    ):
-        places = list(range(len(rows)))
-        axes.barh(places, [mean(values) for values in rows.values()], color="#c3d5e8")
-        for place, values in zip(places, rows.values(), strict=True):
-            axes.plot(values, [place] * len(values), ".", color="#1f4e79")
-        axes.set_yticks(places, list(rows), fontsize=7)
-        axes.invert_yaxis()
-        axes.set_title(f"{title}: {column}", fontsize=8, loc="left")
+    """A row of panels for each table, one for each figure; a dot for each seed and age."""
+    heights = [1 + 0.17 * len(table) for table in results.values()]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, (title, table) in zip(parts, results.items(), strict=True):
+        part.suptitle(title, fontsize=9, x=0, ha="left")
+        panels: dict[str, list[str]] = {}
+        for column in dict.fromkeys(column for row in table.values() for column in row):
+            panels.setdefault(column.partition(AT)[0], []).append(column)
+        all_axes = part.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axes, (name, columns) in zip(all_axes, panels.items(), strict=True):
+            _draw_panel(axes, name, columns, table)
+        ages = all_axes[0].get_legend_handles_labels()
+        if ages[0]:
+            part.legend(*ages, loc="upper right", ncols=len(ages[0]), fontsize=7, frameon=False)
     return figure
+
+
+def _draw_panel(axes: Axes, name: str, columns: list[str], table: Table) -> None:
+    for number, column in enumerate(columns, 1):
+        shade = str(0.8 * (1 - number / len(columns)))  # the older, the darker
+        places = [place for place, row in enumerate(table.values()) for _ in row.get(column, ())]
+        values = [value for row in table.values() for value in row.get(column, ())]
+        age = column.partition(AT)[2]
+        axes.plot(values, places, ".", color=shade, label=f"{age} steps" if age else None)
+    axes.set_yticks(range(len(table)), list(table), fontsize=7)
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(axis="both", color="0.93")
+    axes.set_title(name, fontsize=8)
+    if min(axes.get_xlim()) < 0:
+        axes.axvline(0, color="#c0392b", linewidth=0.8)
 
 
 def main(arguments: list[str] | None = None) -> None:
