@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from syncmask_kernels.integrations.albef import HardNegatives, MaskedWords
 from syncmask_kernels.negatives import Negatives
-from tests.hosts import albef_standin
 from tests.hosts.loading import folder_of, load
 
 URL = "github.com/salesforce/ALBEF"
@@ -41,9 +40,16 @@ class Size(NamedTuple):
     dropout: float = 0.0
 
 
+class Text(NamedTuple):
+    """What the host reads of what a tokenizer returns."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
 class Batch(NamedTuple):
     image: Tensor
-    text: Any
+    text: Text
 
 
 def make_batch(size: Size, pairs: int, words: int, generator: torch.Generator) -> Batch:
@@ -55,8 +61,7 @@ def make_batch(size: Size, pairs: int, words: int, generator: torch.Generator) -
     ids[:, 0] = CLS
     ids = torch.where(place == length - 1, SEP, ids)
     attended = place < length
-    text = SimpleNamespace(input_ids=ids.where(attended, PAD), attention_mask=attended.long())
-    return Batch(image, text)
+    return Batch(image, Text(ids.where(attended, PAD), attended.long()))
 
 
 def bert_config(tmp_path: Path, size: Size) -> Path:
@@ -125,11 +130,6 @@ def real_albef(tmp_path: Path, size: Size) -> nn.Module:
         )
 
 
-def standin(size: Size) -> nn.Module:
-    config = SimpleNamespace(**size._asdict(), vocab_size=size.vocabulary)
-    return albef_standin.ALBEF(config, TOKENIZER)
-
-
 class Draws(NamedTuple):
     """What a step chooses: a wrong image for each text, a wrong text for each image, words."""
 
@@ -138,13 +138,13 @@ class Draws(NamedTuple):
     words: MaskedWords
 
 
-def make_draws(batch: Batch, size: Size, generator: torch.Generator) -> Draws:
-    """Any other pair, and 30 % of the words (at least one)."""
+def make_draws(batch: Batch, size: Size, generator: torch.Generator, share: float = 0.3) -> Draws:
+    """Any other pair, and a share of the words (at least one)."""
     ids = batch.text.input_ids
     pairs = len(ids)
     shifts = (torch.randint(1, pairs, (pairs,), generator=generator) for _ in range(2))
     wrong_images, wrong_texts = ((torch.arange(pairs) + shift) % pairs for shift in shifts)
-    chosen = (torch.rand(ids.shape, generator=generator) < 0.3) & (ids > MASK)
+    chosen = (torch.rand(ids.shape, generator=generator) < share) & (ids > MASK)
     chosen[:, 1] |= ~chosen.any()
     words = torch.randint(MASK, size.vocabulary, ids.shape, generator=generator)
     labels = ids.where(chosen, -100)
@@ -157,7 +157,7 @@ def negatives_of(draws: Draws) -> HardNegatives:
 
 
 @contextmanager
-def drawing(model: nn.Module, draws: Draws) -> Iterator[None]:
+def drawing(model: Any, draws: Draws) -> Iterator[None]:
     """An unpatched model makes these draws: it asks for images first, one by one."""
     drawn = [*draws.wrong_images, *draws.wrong_texts]
     model.mask = lambda *args, **kwargs: draws.words[:2]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.hosts.albef import TOKENIZER, Size
+
 
 class SelfAttention(nn.Module):
     """Keeps its probabilities where `save_attention` is on, and drops out a copy."""
@@ -252,3 +254,7 @@ class ALBEF(nn.Module):
             masked_indices = masked_indices & (input_ids != special)
         words = torch.where(masked_indices, self.tokenizer.mask_token_id, input_ids)
         return words, torch.where(masked_indices, targets, -100)
+
+
+def standin(size: Size) -> ALBEF:
+    return ALBEF(SimpleNamespace(**size._asdict(), vocab_size=size.vocabulary), TOKENIZER)

@@ -36,22 +36,24 @@ def _module(name: str, **attributes: Any) -> ModuleType:
 
 
 def _timm() -> dict[str, ModuleType]:
-    layers = {"trunc_normal_": nn.init.trunc_normal_, "DropPath": nn.Dropout}
-    models = {
-        "vision_transformer": {"PatchEmbed": PatchEmbed, "_cfg": SimpleNamespace},
-        "registry": {"register_model": lambda function: function},
-        "layers": layers,
+    models = "timm.models"
+    named: dict[str, dict[str, Any]] = {
+        "timm": {},
+        models: {},
+        f"{models}.vision_transformer": {"PatchEmbed": PatchEmbed, "_cfg": SimpleNamespace},
+        f"{models}.registry": {"register_model": lambda function: function},
+        f"{models}.layers": {"trunc_normal_": nn.init.trunc_normal_, "DropPath": nn.Dropout},
     }
-    made = {
-        f"timm.models.{name}": _module(f"timm.models.{name}", **a) for name, a in models.items()
-    }
-    return {"timm": _module("timm"), "timm.models": _module("timm.models"), **made}
+    return {name: _module(name, **attributes) for name, attributes in named.items()}
 
 
 @contextmanager
 def _old_transformers() -> Iterator[None]:
     """The names that hosts of 2021 import, which a later transformers 4 has in other places."""
-    from transformers import file_utils, modeling_utils, pytorch_utils
+    names = ("file_utils", "modeling_utils", "pytorch_utils")
+    file_utils, modeling_utils, pytorch_utils = (
+        importlib.import_module(f"transformers.{name}") for name in names
+    )
 
     decorate = file_utils.add_code_sample_docstrings
 
