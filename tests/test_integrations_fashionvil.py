@@ -1,103 +1,113 @@
-"""FashionViL: its joint block, its masks, its pairs and its losses, with the lines changed."""
+"""FashionViL: its joint block, masks, pairs and losses, on a stand-in always.
+
+Its own pretraining code runs where SYNCMASK_FASHIONVIL names a clone; see tests/hosts/mmf.py.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import syncmask_kernels as smk
 from syncmask_kernels.integrations import fashionvil
 from syncmask_kernels.integrations.bert_attention import capture_attention
 from tests.accuracy import assert_as_accurate
 from tests.hosts import fashionvil as host
+from tests.hosts.mmf import real_fashionvil
+
+Make = Callable[..., nn.Module]
+TASKS = ("itc", "itm", "mlm", "mpfr")
+OPTIONS: dict[str, Any] = {"special_ids": host.SPECIAL, "patch_ratio": 0.25, "token_ratio": 0.5}
 
 
-class Changed(host.FashionViL):
-    """The host with the lines of docs/integrations/fashionvil.md."""
+@pytest.fixture(params=["stand-in", "FashionViL"])
+def make(request, tmp_path) -> Make:
+    """`make(**options)` -> a model with the same weights each time, in training mode."""
 
-    mode = "hardest"
+    def made(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        real = request.param == "FashionViL"
+        model = real_fashionvil(tmp_path, **options) if real else host.FashionViL(**options)
+        return model.train()
 
-    def pairs(self, correlations: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
-        return fashionvil.hard_pairs(
-            correlations, double_view=self.double_view, mode=self.mode, replace=coins > 0.5
-        )
-
-    def mlm_loss(self, hidden: Tensor, sample_list: dict[str, Any]) -> Tensor:
-        return fashionvil.mlm_loss(self.heads["mlm"], hidden, sample_list["lm_label_ids"])
-
-    def patch_loss(self, hidden: Tensor, sample_list: dict[str, Any]) -> Tensor:
-        ids = masked_ids(sample_list["image_masks"])
-        if sample_list["task"] == "mpfr":
-            return fashionvil.mpfr_loss(self.heads["mpfr"], hidden, sample_list["image"], ids)
-        return fashionvil.mpfc_loss(self.heads["mpfc"], hidden, sample_list["codes"], ids)
+    return made
 
 
-def masked_ids(mask: Tensor) -> Tensor:
-    return smk.topk_mask(mask.float(), k=mask.shape[1], valid=mask == 1).ids
+def batch_of(seed: int, task: str, dtype: torch.dtype = torch.float32, views: int = 1) -> Any:
+    sample_list = next(host.sample_lists(seed, views=views))
+    return {**sample_list, "image": sample_list["image"].to(dtype), "task": task}
 
 
-def models(seed: int = 0, **options: Any) -> tuple[host.FashionViL, Changed]:
-    torch.manual_seed(seed)
-    plain = host.FashionViL(**options)
-    changed = Changed(**options)
-    changed.load_state_dict(plain.state_dict())
-    return plain, changed
+def prepared(model: nn.Module, seed: int, task: str, dtype: torch.dtype = torch.float32) -> Any:
+    return model.add_post_flatten_params(batch_of(seed, task, dtype))
 
 
-def prepared(model: host.FashionViL, seed: int, task: str, **sizes: int) -> dict[str, Any]:
-    sample_list = next(host.sample_lists(seed, **sizes))
-    return model.add_post_flatten_params({**sample_list, "task": task})
+def loss_of(model: nn.Module, sample_list: dict[str, Any]) -> Tensor:
+    (loss,) = model(sample_list)["losses"].values()
+    return loss
 
 
-def joint_block(model: host.FashionViL, sample_list: dict[str, Any]) -> list[Tensor]:
-    """What each layer of the host returns, of words' queries and patches' keys."""
-    words = sample_list["input_ids"].shape[1]
-    _, _, attentions = model.bert.get_joint_embedding(
+def joint(model: nn.Module, sample_list: dict[str, Any]) -> None:
+    model.get_joint_embedding(
         sample_list["input_ids"],
         sample_list["segment_ids"],
         sample_list["image"],
         sample_list["visual_embeddings_type"],
         sample_list["attention_mask"],
     )
-    return [probs[:, :, :words, words:] for probs in attentions]
+
+
+def joint_block(model: nn.Module, sample_list: dict[str, Any]) -> list[Tensor]:
+    """What each layer of the host returns, of words' queries and patches' keys."""
+    words, blocks = sample_list["input_ids"].shape[1], []
+
+    def keep(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        blocks.append(output[1][:, :, :words, words:].detach())
+
+    hooks = [x.attention.self.register_forward_hook(keep) for x in model.bert.encoder.layer]
+    joint(model, sample_list)
+    for hook in hooks:
+        hook.remove()
+    return blocks
 
 
 @pytest.mark.parametrize("double_view", [False, True])
-def test_fifty_steps_with_and_without_the_changes_end_alike(double_view: bool) -> None:
-    both = [model.double() for model in models(double_view=double_view)]
+def test_fifty_steps_are_those_of_the_host(make: Make, double_view: bool) -> None:
+    both = [make(double_view=double_view).double() for _ in range(2)]
+    patched = fashionvil.patch(both[1])
     for model in both:  # of similarities below -1 the host takes positives for negatives, see below
-        model.norm_s.data.fill_(0.9)
+        model.contrastive_norm.norm_s.data.fill_(0.9)
     learners = [torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) for model in both]
-    tasks = ("itc", "itm", "mlm", "mpfr", "mpfc")
-    batches = host.sample_lists(1, views=1 + double_view)
     for step in range(50):
-        sample_list = {**next(batches), "task": tasks[step % len(tasks)]}
-        sample_list["image"] = sample_list["image"].double()
-        losses = []
+        task, losses = TASKS[step % len(TASKS)], []
         for model, learner in zip(both, learners, strict=True):
-            losses.append(model(model.add_post_flatten_params(sample_list)))
+            sample_list = batch_of(step, task, torch.float64, 1 + double_view)
+            torch.manual_seed(step)
+            losses.append(loss_of(model, sample_list))
             learner.zero_grad()
             losses[-1].backward()
             learner.step()
         torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-12)
     plain, changed = (model.state_dict() for model in both)
     torch.testing.assert_close(plain, changed, rtol=1e-9, atol=1e-12)
+    both[0].load_state_dict(changed)
+    patched.unpatch()
+    assert "_forward_mlm" not in vars(both[1])
 
 
-@pytest.mark.parametrize("task", ["mlm", "mpfr", "mpfc"])
-def test_the_losses_and_their_gradients_are_the_hosts(task: str) -> None:
-    plain, changed = models()
+def test_the_loss_of_words_in_single_precision_is_as_accurate_as_the_hosts(make: Make) -> None:
     results = []
-    for model, dtype in ((changed, None), (plain, None), (copy.deepcopy(plain), torch.float64)):
-        sample_list = prepared(plain, 2, task)
-        if dtype is not None:
-            model = model.to(dtype)
-            sample_list |= {n: sample_list[n].to(dtype) for n in ("image", "masked_image")}
-        loss = model(sample_list)
+    for ours, dtype in ((True, torch.float32), (False, torch.float32), (False, torch.float64)):
+        model = make().to(dtype)
+        if ours:
+            fashionvil.patch(model)
+        loss = loss_of(model, batch_of(2, "mlm", dtype))
         loss.backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         results.append((loss.detach(), torch.cat(grads)))
@@ -105,52 +115,51 @@ def test_the_losses_and_their_gradients_are_the_hosts(task: str) -> None:
         assert_as_accurate(got, own, truth, factor=2)
 
 
-def test_the_map_is_the_joint_block_of_the_layers_asked_for() -> None:
-    plain, _ = models(layers=3)
-    sample_list = prepared(plain, 3, "mlm")
-    valid = smk.token_valid(sample_list["input_ids"], host.SPECIAL)
-    for layers in ([-1], [0, 2]):
-        got = fashionvil.sync_masks(
-            plain.bert, sample_list, special_ids=host.SPECIAL, layers=layers, patch_ratio=0.5
+@pytest.mark.parametrize("layers", [[-1], [0, 2]])
+def test_the_map_is_the_joint_block_of_the_layers_asked_for(make: Make, layers: list[int]) -> None:
+    found, masks = [], []
+    for dtype in (torch.float32, torch.float64):
+        model = make(layers=3).to(dtype)
+        sample_list = prepared(model, 3, "mlm", dtype)
+        valid = smk.token_valid(sample_list["input_ids"], host.SPECIAL)
+        found.append(fashionvil.sync_masks(model.bert, sample_list, layers=layers, **OPTIONS))
+        blocks = joint_block(model, sample_list)
+        masks.append(
+            smk.sync_topk_mask(
+                [blocks[i] for i in layers],
+                valid,
+                patch_ratio=0.25,
+                token_ratio=0.5,
+                skip_keys=0,
+            )
         )
-        block = joint_block(plain, sample_list)
-        exact = joint_block(
-            copy.deepcopy(plain).double(), {**sample_list, "image": sample_list["image"].double()}
-        )
-        own, truth = (
-            smk.sync_topk_mask([blocks[i] for i in layers], valid, patch_ratio=0.5, skip_keys=0)
-            for blocks in (block, exact)
-        )
-        assert_as_accurate(got.patch_scores, own.patch_scores.detach(), truth.patch_scores.detach())
-        assert_as_accurate(got.token_scores, own.token_scores.detach(), truth.token_scores.detach())
-        assert torch.equal(got.patch_mask, truth.patch_mask)
-        assert torch.equal(got.token_mask, truth.token_mask)
+    for name in ("patch_scores", "token_scores"):
+        got, own, truth = (getattr(x, name) for x in (found[0], *masks))
+        assert_as_accurate(got, own, truth)
+    assert torch.equal(found[0].patch_mask, masks[1].patch_mask)
+    assert torch.equal(found[0].token_mask, masks[1].token_mask)
 
 
-def test_dropout_of_the_probabilities_does_not_reach_the_map() -> None:
-    plain, dropping = models(layers=1)[0], models(layers=1, dropout=0.5)[0]
+def test_dropout_of_the_probabilities_does_not_reach_the_map(make: Make) -> None:
+    plain, dropping = make(layers=1), make(layers=1, dropout=0.5)
     sample_list = prepared(plain, 4, "mlm")
-    options = {"special_ids": host.SPECIAL, "patch_ratio": 0.25}
-    want = fashionvil.sync_masks(plain.bert, sample_list, **options)
-    got = fashionvil.sync_masks(dropping.bert.train(), sample_list, **options)
+    want = fashionvil.sync_masks(plain.bert, sample_list, **OPTIONS)
+    got = fashionvil.sync_masks(dropping.bert, sample_list, **OPTIONS)
     assert torch.equal(got.patch_scores, want.patch_scores)
     assert (joint_block(dropping, sample_list)[0] == 0).any()
 
 
-def test_values_and_rules_are_passed_on() -> None:
-    plain, _ = models()
-    sample_list = prepared(plain, 5, "mlm")
-    with capture_attention([plain.bert.encoder.layer[-1].attention.self]) as captured:
-        joint_block(plain, sample_list)
-    words = sample_list["input_ids"].shape[1]
+def test_values_and_rules_are_passed_on(make: Make) -> None:
+    model = make()
+    sample_list = prepared(model, 5, "mlm")
+    attention = model.bert.encoder.layer[-1].attention.self
+    with torch.no_grad(), capture_attention([attention]) as captured:
+        joint(model, sample_list)
     (q,), (k,), (v,) = captured.q, captured.k, captured.v
+    words = sample_list["input_ids"].shape[1]
+    rules = {"token_score": "dual", "token_k": 2}
     got = fashionvil.sync_masks(
-        plain.bert,
-        sample_list,
-        special_ids=host.SPECIAL,
-        weigh_by_value=True,
-        token_score="dual",
-        token_k=2,
+        model.bert, sample_list, special_ids=host.SPECIAL, weigh_by_value=True, **rules
     )
     want = smk.sync_topk_mask_qk(
         q[:, :, :words],
@@ -159,102 +168,144 @@ def test_values_and_rules_are_passed_on() -> None:
         v=v,
         key_valid=sample_list["attention_mask"].bool(),
         skip_keys=words,
-        token_score="dual",
-        token_k=2,
+        **rules,
     )
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
 
-def test_padding_is_neither_read_nor_chosen() -> None:
-    plain, _ = models()
-    sample_list = prepared(plain, 6, "mlm")
+def test_padding_is_neither_read_nor_chosen(make: Make) -> None:
+    model = make()
+    sample_list = prepared(model, 6, "mlm")
     options = {"special_ids": host.SPECIAL[1:], "token_ratio": 1.0}  # padding is not named
-    got = fashionvil.sync_masks(plain.bert, sample_list, **options)
+    got = fashionvil.sync_masks(model.bert, sample_list, **options)
     assert torch.equal(got.token_mask, smk.token_valid(sample_list["input_ids"], host.SPECIAL))
-    other = sample_list["input_ids"].clone()
-    other[sample_list["input_mask"] == 0] = 30
-    again = fashionvil.sync_masks(plain.bert, {**sample_list, "input_ids": other}, **options)
+    other = sample_list["input_ids"].masked_fill(sample_list["input_mask"] == 0, 30)
+    again = fashionvil.sync_masks(model.bert, {**sample_list, "input_ids": other}, **options)
     assert torch.equal(got.patch_scores, again.patch_scores)
 
 
-def test_masks_go_where_the_host_has_its_own() -> None:
-    plain, _ = models()
-    sample_list = prepared(plain, 7, "mpfr")
-    keys = set(sample_list)
-    chosen = fashionvil.sync_masks(
-        plain.bert, sample_list, special_ids=host.SPECIAL, patch_k=3, token_ratio=0.5
-    )
+def masking(teacher: nn.Module, **options: Any) -> fashionvil.Masking:
+    return fashionvil.Masking(teacher, host.MASK, host.SPECIAL, options)
+
+
+@pytest.mark.parametrize("double_view", [False, True])
+def test_masks_of_the_teacher_go_where_the_host_has_random_ones(
+    make: Make, double_view: bool
+) -> None:
+    model = make(double_view=double_view)
+    teacher = copy.deepcopy(model.bert).eval()
+    keys = set(model.state_dict())
+    patched = fashionvil.patch(model, masking=masking(teacher, patch_k=3, token_ratio=0.5))
+    assert "teacher" in str(patched)
+    assert set(model.state_dict()) == keys
+    for task in ("mlm", "mpfr"):
+        sample_list = model.add_post_flatten_params(batch_of(7, task, views=1 + double_view))
+        ids, labels = sample_list["input_ids"], sample_list["lm_label_ids"]
+        chosen = fashionvil.sync_masks(
+            teacher, sample_list, special_ids=host.SPECIAL, patch_k=3, token_ratio=0.5
+        )
+        assert torch.equal(labels, ids.where(chosen.token_mask, -1))
+        masked = sample_list["input_ids_masked"]
+        assert torch.equal(masked.where(~chosen.token_mask, ids), ids)
+        assert (masked == host.MASK).any()
+        assert torch.equal(sample_list["image_masks"] == 1, chosen.patch_mask)
+        kept = sample_list["image"] * ~chosen.patch_mask.unsqueeze(-1)
+        assert torch.equal(sample_list["masked_image"], kept)
+        assert torch.equal(sample_list["token_ids"], chosen.token_ids)
+        loss_of(model, batch_of(7, task, views=1 + double_view)).backward()
+    for task in ("itm", "itc"):
+        untouched = batch_of(7, task, views=1 + double_view)
+        assert "token_ids" not in model.add_post_flatten_params(untouched)
+    assert "token_ids" not in model.eval().add_post_flatten_params(batch_of(7, "mlm"))
+
+
+def test_losses_at_known_places_are_those_of_the_masks() -> None:
+    torch.manual_seed(0)
+    model = host.FashionViL()
+    sample_list = prepared(model, 8, "mpfr")
+    chosen = fashionvil.sync_masks(model.bert, sample_list, **OPTIONS)
     fashionvil.mask_sample_list(
-        sample_list,
-        chosen,
-        mask_id=host.MASK,
-        vocab_size=host.VOCABULARY,
-        special_ids=host.SPECIAL,
-        generator=torch.Generator().manual_seed(0),
+        sample_list, chosen, mask_id=1, vocab_size=host.VOCABULARY, special_ids=host.SPECIAL
     )
-    assert set(sample_list) == keys
-    labels, ids = sample_list["lm_label_ids"], sample_list["input_ids"]
-    assert torch.equal(labels != -1, chosen.token_mask)
-    assert torch.equal(labels[chosen.token_mask], ids[chosen.token_mask])
-    assert torch.equal(sample_list["input_ids_masked"][~chosen.token_mask], ids[~chosen.token_mask])
-    assert (sample_list["input_ids_masked"] == host.MASK).any()
-    kept = (sample_list["image_masks"] == 0).float().unsqueeze(-1)
-    assert torch.equal(sample_list["masked_image"], sample_list["image"] * kept)
-    assert (sample_list["image_masks"].sum(dim=1) == 3).all()
+    image, mask, labels = sample_list["image"], chosen.patch_mask, sample_list["lm_label_ids"]
+    patches = torch.randn(*mask.shape, host.WIDTH)
+    words = torch.randn(*labels.shape, host.WIDTH)
+    codes, head = torch.randint(7, mask.shape), model.heads["mlm"]
+    mpfc = nn.Sequential(nn.Tanh(), nn.Linear(host.WIDTH, 7))
+    got = [
+        fashionvil.mlm_loss(head, words, labels),
+        fashionvil.mlm_loss(head, words, labels, ids=chosen.token_ids),
+        fashionvil.mpfr_loss(model.heads["mpfr"], patches, image, chosen.patch_ids),
+        fashionvil.mpfc_loss(mpfc, patches, codes, chosen.patch_ids),
+    ]
+    mlm = F.cross_entropy(head(words).flatten(0, 1), labels.flatten(), ignore_index=-1)
+    mpfr = F.mse_loss(model.heads["mpfr"](patches[mask]), image[mask])
+    want = [mlm, mlm, mpfr, F.cross_entropy(mpfc(patches[mask]), codes[mask])]
+    torch.testing.assert_close(got, want)
 
-    host_losses, ids_losses = [], []
-    hidden = torch.randn(6, 8, host.WIDTH)
-    for task in ("mpfr", "mpfc"):
-        host_losses.append(plain.patch_loss(hidden, {**sample_list, "task": task}))
-    ids_losses.append(
-        fashionvil.mpfr_loss(plain.heads["mpfr"], hidden, sample_list["image"], chosen.patch_ids)
-    )
-    ids_losses.append(
-        fashionvil.mpfc_loss(plain.heads["mpfc"], hidden, sample_list["codes"], chosen.patch_ids)
-    )
-    words = torch.randn(6, ids.shape[1], host.WIDTH)
-    host_losses.append(plain.mlm_loss(words, sample_list))
-    ids_losses.append(fashionvil.mlm_loss(plain.heads["mlm"], words, labels, ids=chosen.token_ids))
-    torch.testing.assert_close(ids_losses, host_losses)
+    none = torch.full_like(chosen.patch_ids, -1)
+    assert fashionvil.mpfr_loss(model.heads["mpfr"], patches, image, none) == 0
+    assert fashionvil.mpfc_loss(mpfc, patches, codes, none) == 0
 
 
-def test_nothing_to_predict_is_zero_where_the_host_has_nan() -> None:
-    plain, changed = models()
-    sample_list = prepared(plain, 8, "mlm")
-    sample_list |= {
-        "lm_label_ids": torch.full_like(sample_list["lm_label_ids"], -1),
-        "image_masks": torch.zeros_like(sample_list["image_masks"]),
-    }
-    for task in fashionvil.MASKED_TASKS:
-        assert plain({**sample_list, "task": task}).isnan()
-        loss = changed({**sample_list, "task": task})
-        loss.backward()
-        assert loss == 0
-    assert all(not p.grad.any() for p in changed.parameters() if p.grad is not None)
+def test_nothing_to_predict_is_zero_where_the_host_has_nan(make: Make) -> None:
+    model, batch = make(), batch_of(8, "mlm")
+    batch["lm_label_ids"].fill_(-1)
+    assert loss_of(model, dict(batch)).isnan()
+    fashionvil.patch(model)
+    loss = loss_of(model, dict(batch))
+    loss.backward()
+    assert loss == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_hardest_pairs_are_the_hosts_argmax() -> None:
-    for double_view in (False, True):
-        plain, changed = models(double_view=double_view)
-        sim, coins = torch.rand(8, 8), torch.rand(8)
-        want, got = plain.pairs(sim.clone(), coins), changed.pairs(sim, coins)
-        assert torch.equal(want[0], got[0])
-        assert torch.equal(want[1], got[1])
+def pairs_of(model: nn.Module, views: int = 1) -> tuple[Tensor, Tensor]:
+    """The texts shown beside the images, told from their first words, and which are said to fit."""
+    batch = batch_of(9, "itm", views=views)
+    batch["input_ids"][:, 1] = 10 + torch.arange(len(batch["input_ids"]))
+    torch.manual_seed(1)
+    sample_list = model.get_hard_pairs(model.add_post_flatten_params(batch))
+    return sample_list["input_ids"][:, 1] - 10, sample_list["targets"]
 
 
-def test_a_positive_is_never_taken_for_a_negative() -> None:
-    plain, changed = models()
-    sim = torch.full((4, 4), -3.0).fill_diagonal_(9.0)  # scaled features: below the host's -1
-    own = torch.arange(4)
-    assert torch.equal(plain.pairs(sim.clone(), torch.ones(4))[0], own)
-    assert (changed.pairs(sim, torch.ones(4))[0] != own).all()
+@pytest.mark.parametrize("double_view", [False, True])
+def test_a_positive_is_never_taken_for_a_negative(make: Make, double_view: bool) -> None:
+    hosts, ours = make(double_view=double_view), make(double_view=double_view)
+    patched = fashionvil.patch(ours)
+    for model in (hosts, ours):  # all texts are alike, and opposite to all images
+        model.bert.get_text_embedding = lambda *given: (text, None, None)
+        model.bert.get_image_embedding = lambda *given: (image, None, None)
+    batch = 6 * (1 + double_view)
+    text, image = torch.ones(batch, 9, host.WIDTH), -torch.ones(batch, 8, host.WIDTH)
+    items = torch.arange(batch) % 6
+    shown, fits = pairs_of(hosts, 1 + double_view)
+    assert (shown[fits == 0] == items[fits == 0]).any()
+    shown, fits = pairs_of(ours, 1 + double_view)
+    assert torch.equal(shown == items, fits == 1)
+    assert 0 < fits.sum() < batch
+    assert ours.training
+    assert "hardest" in str(patched)
+
+
+def test_what_is_not_fashionvil_is_refused() -> None:
+    with pytest.raises(TypeError, match="Linear lacks bert"):
+        fashionvil.patch(nn.Linear(1, 1))
+    model = host.FashionViL()
+    with pytest.raises(ValueError, match="negatives must be one of"):
+        fashionvil.patch(model, negatives="soft")
+    assert "get_hard_pairs" not in vars(model)
+    fashionvil.patch(model)
+    with pytest.raises(ValueError, match="patched already"):
+        fashionvil.patch(model)
+    fashionvil.unpatch(model)
 
 
 def test_pairs_by_item_and_semi_hard() -> None:
     sim = torch.tensor([[5.0, 9.0, 3.0], [9.0, 5.0, 4.0], [1.0, 2.0, 3.0]])
     every = torch.ones(3, dtype=torch.bool)
-    found = fashionvil.hard_pairs(sim, replace=every)  # more similar than the own text: no
+    # More similar than the own text is no semi-hard negative.
+    found = fashionvil.hard_pairs(sim, mode="semi_hard", replace=every)
     assert found.text_index.tolist() == [2, 2, 1]
     items = torch.tensor([4, 4, 5])
     found = fashionvil.hard_pairs(sim, mode="hardest", item_ids=items, replace=every)

@@ -1,26 +1,44 @@
 """FashionViL (BrandonHanx/mmf): one stream, in which words and patches attend to each other.
 
-There is no cross-attention module and no teacher to patch, so these are functions to call by hand;
-the lines to change in the host are in docs/integrations/fashionvil.md. Names of arguments and of
-entries of `sample_list` are the host's.
+`patch` replaces what one model does with hard pairs and masked words, and with a teacher its random
+masks; what it is made of can be called by hand. Names of arguments and of entries of `sample_list`
+are the host's; see docs/integrations/fashionvil.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from syncmask_kernels import _checks
+from syncmask_kernels.backends.overloads.negatives import MODES
 from syncmask_kernels.integrations.bert_attention import capture_attention
 from syncmask_kernels.integrations.mlm import masked_lm_loss
+from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 from syncmask_kernels.losses import masked_linear_cross_entropy
 from syncmask_kernels.masking import gather_masked, mask_patches, mask_tokens, token_valid
 from syncmask_kernels.negatives import sample_negatives
 from syncmask_kernels.patch_losses import masked_patch_loss
 from syncmask_kernels.selection import SyncMask, sync_topk_mask_qk
+
+__all__ = [
+    "MASKED_TASKS",
+    "HardPairs",
+    "Masking",
+    "Patched",
+    "hard_pairs",
+    "mask_sample_list",
+    "mlm_loss",
+    "mpfc_loss",
+    "mpfr_loss",
+    "patch",
+    "sync_masks",
+    "unpatch",
+]
 
 IGNORE_INDEX = -1
 MASKED_TASKS = ("mlm", "mpfr", "mpfc")
@@ -34,6 +52,24 @@ class HardPairs(NamedTuple):
 
     text_index: Tensor
     replaced: Tensor
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Who chooses masks for `patch`, and how.
+
+    Args:
+        teacher: a momentum copy of ``model.bert`` in evaluation mode, which the caller updates
+            (`ema_update_`). It does not become a part of the model.
+        mask_id: `tokenizer.mask_token_id`.
+        special_ids: `tokenizer.all_special_ids`.
+        options: of `sync_masks`.
+    """
+
+    teacher: nn.Module
+    mask_id: int
+    special_ids: Sequence[int]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -130,7 +166,7 @@ def hard_pairs(
     *,
     double_view: bool = False,
     item_ids: Tensor | None = None,
-    mode: str = "semi_hard",
+    mode: str = "hardest",
     replace: Tensor | None = None,
     **options: Any,
 ) -> HardPairs:
@@ -142,8 +178,7 @@ def hard_pairs(
             that name. Default: no.
         item_ids: ``[B]`` int64: texts of the image's own item are no negatives. Default: every row
             (with `double_view`, of a half) is an item of its own.
-        mode: of `sample_negatives`; ``"hardest"`` is the host's `argmax`. Default: semi-hard, as
-            SyncMask.
+        mode: of `sample_negatives`. Default: ``"hardest"``, the host's `argmax`.
         replace: ``[B]`` bool, the images to be given another text. Default: a fair coin for each.
         options: of `sample_negatives`: `margin`, `quantile`, `generator`, `seed`, `noise`.
 
@@ -220,3 +255,112 @@ def mpfr_loss(head: nn.Module, hidden: Tensor, image: Tensor, ids: Tensor) -> Te
         ids: ``[B, K]`` int64, the masked patches (`SyncMask.patch_ids`), -1 for none.
     """
     return masked_patch_loss(head(gather_masked(hidden, ids)), image.detach(), ids, kind="mse")
+
+
+class _GetHardPairs(Replacement):
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        super().__init__(model)
+        self.mode = mode
+
+    def __str__(self) -> str:
+        return f"{self.mode} negatives, which are never the text of the image"
+
+    @torch.no_grad()
+    def __call__(self, sample_list: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        model, training = self.module, self.module.training
+        model.eval()
+        try:
+            features = model._forward_itc(sample_list)
+        finally:
+            model.train(training)
+        text_index, replaced = hard_pairs(
+            features["scores"] @ features["targets"].t(),
+            double_view=model.double_view,
+            mode=self.mode,
+        )
+        for name in ("input_ids", "segment_ids", "input_mask", "attention_mask"):
+            if name in sample_list:
+                sample_list[name] = sample_list[name].index_select(0, text_index)
+        sample_list["targets"] = sample_list["targets"].masked_fill(replaced, 0)
+        return sample_list
+
+
+class _ForwardMlm(Replacement):
+    does = "MLM head on labelled words alone; no `scores` of all words are returned"
+
+    def __call__(self, sample_list: MutableMapping[str, Any]) -> dict[str, Any]:
+        model = self.module
+        hidden, _, _ = model.get_joint_embedding(
+            sample_list["input_ids_masked"],
+            sample_list["segment_ids"],
+            sample_list["image"],
+            sample_list["visual_embeddings_type"],
+            sample_list["attention_mask"],
+        )
+        labels = sample_list["lm_label_ids"]
+        words = hidden[:, : labels.shape[1]]
+        ids = sample_list.get("token_ids")
+        return {"losses": {"mlm_loss": mlm_loss(model.heads["mlm"], words, labels, ids=ids)}}
+
+
+class _AddPostFlattenParams(Replacement):
+    def __init__(self, model: nn.Module, masking: Masking) -> None:
+        super().__init__(model)
+        self.masking = masking
+
+    def __str__(self) -> str:
+        return f"words and patches to mask chosen by the teacher, {dict(self.masking.options)}"
+
+    def __call__(self, sample_list: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        model, masking = self.module, self.masking
+        sample_list = type(model).add_post_flatten_params(model, sample_list)
+        if model.training and sample_list["task"] in MASKED_TASKS:
+            special_ids = masking.special_ids
+            chosen = sync_masks(
+                masking.teacher, sample_list, special_ids=special_ids, **masking.options
+            )
+            mask_sample_list(
+                sample_list,
+                chosen,
+                mask_id=masking.mask_id,
+                vocab_size=model.bert.config.vocab_size,
+                special_ids=special_ids,
+            )
+            sample_list["token_ids"] = chosen.token_ids
+        return sample_list
+
+
+def patch(
+    model: nn.Module, *, negatives: str = "hardest", masking: Masking | None = None
+) -> Patched:
+    """Let one FashionViL pretraining model train with these operators. `unpatch` undoes it.
+
+    Replaced, on this instance alone, are `get_hard_pairs` and `_forward_mlm`, and with `masking`
+    `add_post_flatten_params`; modules, state dict and hooks are untouched.
+
+    Args:
+        model: ``FashionViLForPretraining`` (the `model` of MMF's `FashionViL`).
+        negatives: mode of `sample_negatives`. Default: ``"hardest"``, the host's rule.
+        masking: lets a teacher choose words and patches while the model trains. Default: the masks
+            of the dataset.
+
+    Raises:
+        TypeError: `model` lacks what FashionViL has; the message names it.
+        ValueError: `model` is patched already, or `negatives` is no mode.
+
+    Losses are those of the host, within rounding, but: over no labelled word MLM is 0 (there NaN);
+    no positive is taken for a negative (see `hard_pairs`).
+    """
+    _checks.choice("negatives", negatives, MODES)
+    for name in ("bert", "heads", "double_view", "_forward_itc", "get_joint_embedding"):
+        if not hasattr(model, name):
+            raise TypeError(
+                f"model must be FashionViL's pretraining model: {type(model).__name__} lacks {name}"
+            )
+    replacements: dict[str, Replacement] = {
+        "get_hard_pairs": _GetHardPairs(model, negatives),
+        "_forward_mlm": _ForwardMlm(model),
+    }
+    if masking is not None:
+        replacements["add_post_flatten_params"] = _AddPostFlattenParams(model, masking)
+    return install(model, replacements)

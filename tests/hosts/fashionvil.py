@@ -1,8 +1,4 @@
-"""A stand-in for FashionViL (BrandonHanx/mmf): its names and its arithmetic, at any size.
-
-The host itself wants torch 1.9 and transformers 4.10. What it does at the places that the
-documentation names is done here in the same way, blemishes included.
-"""
+"""A stand-in for FashionViL (BrandonHanx/mmf): its names and losses, in plain PyTorch, small."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCABULARY, WIDTH, HEADS, FEATURES, CODES = 60, 24, 3, 10, 7
+VOCABULARY, WIDTH, HEADS, FEATURES = 60, 24, 3, 10
 PAD, CLS, SEP, MASK = range(4)
 SPECIAL = (PAD, CLS, SEP, MASK)
 
@@ -57,6 +53,7 @@ class Base(nn.Module):
 
     def __init__(self, layers: int, dropout: float) -> None:
         super().__init__()
+        self.config = SimpleNamespace(vocab_size=VOCABULARY)
         self.words, self.segments = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(2, WIDTH)
         self.projection, self.kinds = nn.Linear(FEATURES, WIDTH), nn.Embedding(2, WIDTH)
         self.word_places, self.patch_places = nn.Embedding(64, WIDTH), nn.Embedding(64, WIDTH)
@@ -93,13 +90,13 @@ class Base(nn.Module):
         image = image + self.patch_places.weight[: image.shape[1]]
         return self.forward([self._text(input_ids, token_type_ids), image], attention_mask)
 
-    def get_image_embedding(self, visual_embeddings: Tensor) -> Tensor:
-        return self.projection(visual_embeddings)  # bypass_transformer
+    def get_image_embedding(self, visual_embeddings: Tensor, kinds: Tensor) -> tuple[Any, ...]:
+        return self.projection(visual_embeddings), None, None  # bypass_transformer
 
     def get_text_embedding(
         self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        return self.forward([self._text(input_ids, token_type_ids)], attention_mask)[0]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return self.forward([self._text(input_ids, token_type_ids)], attention_mask)
 
 
 class PredictionHead(nn.Module):
@@ -116,73 +113,83 @@ class PredictionHead(nn.Module):
 
 
 class FashionViL(nn.Module):
-    """`FashionViLForPretraining` of the tasks whose lines the documentation changes."""
+    """`FashionViLForPretraining`, of the tasks that masks and hard pairs are for."""
 
     def __init__(self, *, layers: int = 2, dropout: float = 0.0, double_view: bool = False) -> None:
         super().__init__()
         self.double_view = double_view
         self.bert = Base(layers, dropout)
-        self.norm_s = nn.Parameter(torch.tensor([4.0]))
+        self.contrastive_norm = nn.Module()
+        self.contrastive_norm.norm_s = nn.Parameter(torch.tensor([4.0]))
         self.heads = nn.ModuleDict(
             {
                 "itm": nn.Linear(WIDTH, 2),
                 "mlm": PredictionHead(self.bert.words),
                 "mpfr": nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, FEATURES)),
-                "mpfc": nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CODES)),
             }
         )
 
+    def get_joint_embedding(self, *given: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return self.bert.get_joint_embedding(*given)
+
     def add_post_flatten_params(self, sample_list: dict[str, Any]) -> dict[str, Any]:
-        sample_list = dict(sample_list)
         batch, patches, _ = sample_list["image"].shape
-        if self.double_view:
-            names = ("input_ids", "segment_ids", "input_mask", "image_masks", "input_ids_masked")
-            for name in (*names, "lm_label_ids"):
+        if self.double_view and self.training:
+            names = ["input_ids", "segment_ids", "input_mask"]
+            if sample_list["task"] == "mlm":
+                names += ["input_ids_masked", "lm_label_ids"]
+            for name in names:
                 sample_list[name] = sample_list[name].repeat(2, 1)
             sample_list["targets"] = sample_list["targets"].repeat(2)
         sample_list["visual_embeddings_type"] = torch.zeros((batch, patches)).long()
-        ones = torch.ones((batch, patches)).long()
-        sample_list["attention_mask"] = torch.cat((sample_list["input_mask"], ones), dim=-1)
-        kept = (sample_list["image_masks"] == 0).float().unsqueeze(-1)
-        sample_list["masked_image"] = sample_list["image"] * kept
+        if sample_list["task"] != "itc":
+            ones = torch.ones((batch, patches)).long()
+            sample_list["attention_mask"] = torch.cat((sample_list["input_mask"], ones), dim=-1)
+        if sample_list["task"] == "mpfr":
+            if self.double_view:
+                sample_list["image_masks"] = sample_list["image_masks"].repeat(2, 1)
+            kept = (sample_list["image_masks"] == 0).float().unsqueeze(-1)
+            sample_list["masked_image"] = sample_list["image"] * kept
         return sample_list
 
-    def itc_embeddings(self, sample_list: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        text = self.bert.get_text_embedding(
+    def forward(self, sample_list: dict[str, Any]) -> dict[str, Any]:
+        sample_list = self.add_post_flatten_params(sample_list)
+        return getattr(self, f"_forward_{sample_list['task']}")(sample_list)
+
+    def _forward_itc(self, sample_list: dict[str, Any]) -> dict[str, Any]:
+        text, _, _ = self.bert.get_text_embedding(
             sample_list["input_ids"], sample_list["segment_ids"], sample_list["input_mask"]
         )
         masks = sample_list["input_mask"]
         text = (text * masks.unsqueeze(2)).sum(dim=1) / masks.sum(dim=1, keepdim=True)
-        image = self.bert.get_image_embedding(sample_list["image"]).mean(dim=1)
-        return self.norm_s * F.normalize(image, dim=-1), self.norm_s * F.normalize(text, dim=-1)
+        image, _, _ = self.bert.get_image_embedding(
+            sample_list["image"], sample_list["visual_embeddings_type"]
+        )
+        image = image.mean(dim=1)
+        image, text = (
+            self.contrastive_norm.norm_s * F.normalize(features, dim=-1)
+            for features in (image, text)
+        )
+        logits, labels = image @ text.t(), torch.arange(len(image))
+        loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
+        return {"scores": image, "targets": text, "losses": {"itc_loss": loss / 2}}
 
     @torch.no_grad()
-    def get_hard_pairs(self, sample_list: dict[str, Any], coins: Tensor) -> dict[str, Any]:
-        image, text = self.itc_embeddings(sample_list)
-        combine_index, combine_index_index = self.pairs(image @ text.t(), coins)
-        sample_list = dict(sample_list)
+    def get_hard_pairs(self, sample_list: dict[str, Any]) -> dict[str, Any]:
+        found = self._forward_itc(sample_list)
+        correlations = found["scores"] @ found["targets"].t()
+        batch = len(correlations)
+        items = torch.arange(batch) % (batch // 2 if self.double_view else batch)
+        correlations[items[:, None] == items] = -1
+        chosen = torch.rand(batch) > 0.5
+        combine_index = torch.where(chosen, correlations.argmax(dim=1), torch.arange(batch))
         for name in ("input_ids", "segment_ids", "input_mask", "attention_mask"):
             sample_list[name] = sample_list[name][combine_index]
-        sample_list["targets"] = sample_list["targets"].clone()
-        sample_list["targets"][combine_index_index] = 0
+        sample_list["targets"][chosen] = 0
         return sample_list
 
-    def pairs(self, correlations: Tensor, coins: Tensor) -> tuple[Tensor, Tensor]:
-        """The lines of `get_hard_pairs` that choose; `coins` are its `torch.rand(B)`."""
-        batch = correlations.shape[0]
-        diag = torch.eye(batch).bool()
-        if self.double_view:
-            half = batch // 2
-            diag[:half, half:] = diag[:half, :half]
-            diag[half:, :half] = diag[:half, :half]
-        correlations[diag] = -1
-        chosen = coins > 0.5
-        combine_index = torch.arange(batch)
-        combine_index[chosen] = correlations.argmax(dim=1)[chosen]
-        return combine_index, chosen
-
-    def joint(self, sample_list: dict[str, Any], words: str, image: str) -> tuple[Tensor, Tensor]:
-        hidden, pooled, _ = self.bert.get_joint_embedding(
+    def _joint(self, sample_list: dict[str, Any], words: str, image: str) -> tuple[Tensor, Tensor]:
+        hidden, pooled, _ = self.get_joint_embedding(
             sample_list[words],
             sample_list["segment_ids"],
             sample_list[image],
@@ -191,39 +198,32 @@ class FashionViL(nn.Module):
         )
         return hidden, pooled
 
-    def forward(self, sample_list: dict[str, Any]) -> Tensor:
-        """The loss of ``sample_list["task"]``, of a `sample_list` with its post-flatten params."""
-        if sample_list["task"] == "itc":
-            image, text = self.itc_embeddings(sample_list)
-            logits, labels = image @ text.t(), torch.arange(len(image))
-            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
-        if sample_list["task"] == "itm":
-            sample_list = self.get_hard_pairs(sample_list, sample_list["coins"])
-            pooled = self.joint(sample_list, "input_ids", "image")[1]
-            return F.cross_entropy(self.heads["itm"](pooled), sample_list["targets"])
+    def _forward_itm(self, sample_list: dict[str, Any]) -> dict[str, Any]:
+        sample_list = self.get_hard_pairs(sample_list)
+        logits = self.heads["itm"](self._joint(sample_list, "input_ids", "image")[1])
+        loss = F.cross_entropy(logits, sample_list["targets"])
+        return {"scores": logits, "losses": {"itm_loss": loss}}
+
+    def _forward_mlm(self, sample_list: dict[str, Any]) -> dict[str, Any]:
         patches = sample_list["image"].shape[1]
-        if sample_list["task"] == "mlm":
-            hidden = self.joint(sample_list, "input_ids_masked", "image")[0][:, :-patches]
-            return self.mlm_loss(hidden, sample_list)
-        hidden = self.joint(sample_list, "input_ids", "masked_image")[0][:, -patches:]
-        return self.patch_loss(hidden, sample_list)
+        hidden, _ = self._joint(sample_list, "input_ids_masked", "image")
+        logits = self.heads["mlm"](hidden[:, :-patches]).flatten(0, 1)
+        labels = sample_list["lm_label_ids"].flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=-1)
+        return {"scores": logits, "losses": {"mlm_loss": loss}}
 
-    def mlm_loss(self, hidden: Tensor, sample_list: dict[str, Any]) -> Tensor:
-        logits = self.heads["mlm"](hidden).flatten(0, 1)
-        return F.cross_entropy(logits, sample_list["lm_label_ids"].flatten(), ignore_index=-1)
-
-    def patch_loss(self, hidden: Tensor, sample_list: dict[str, Any]) -> Tensor:
+    def _forward_mpfr(self, sample_list: dict[str, Any]) -> dict[str, Any]:
         mask = sample_list["image_masks"] == 1
-        predicted = self.heads[sample_list["task"]](hidden[mask])
-        if sample_list["task"] == "mpfr":
-            return F.mse_loss(predicted, sample_list["image"][mask].detach())
-        return F.cross_entropy(predicted, sample_list["codes"][mask])
+        hidden, _ = self._joint(sample_list, "input_ids", "masked_image")
+        predicted = self.heads["mpfr"](hidden[:, -mask.shape[1] :][mask])
+        loss = F.mse_loss(predicted, sample_list["image"][mask].detach())
+        return {"scores": predicted, "losses": {"mpfr_loss": loss}}
 
 
 def sample_lists(
     seed: int, batch: int = 6, words: int = 9, patches: int = 8, views: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Batches without end, as the host's loader gives them: random masks, padded captions."""
+    """Batches without end, as the host's are after its image encoder: masked at random, padded."""
     draw = torch.Generator().manual_seed(seed)
     rand = SimpleNamespace(
         ints=lambda high, *size, low=0: torch.randint(low, high, size, generator=draw),
@@ -247,7 +247,5 @@ def sample_lists(
             "lm_label_ids": input_ids.masked_fill(~masked, -1),
             "image": rand.floats(views * batch, patches, FEATURES),
             "image_masks": (rand.coins(batch, patches) < 0.3).long(),
-            "codes": rand.ints(CODES, views * batch, patches),
             "targets": torch.ones(batch, dtype=torch.long),
-            "coins": rand.coins(views * batch),
         }
