@@ -180,8 +180,10 @@ def train(state: TrainState, data: Data, config: PretrainConfig, run: Path) -> N
                 row = {name: loss.item() for name, loss in losses.items()}
                 _check_finite(row["loss"], state.step, config)
                 steps.set_postfix({name: f"{value:.2f}" for name, value in row.items()})
-                append_metrics(run, {"step": state.step, **row, "seconds": state.seconds})
                 _log(board, "loss", row, state.step)
+                if data.train.broken:
+                    row["broken"] = data.train.broken
+                append_metrics(run, {"step": state.step, **row, "seconds": state.seconds})
             if due(config.eval_every):
                 outcome = evaluate(state.teacher, data.val, data.tokenizer, config)
                 append_metrics(run, {"step": state.step, "eval": outcome[0]})

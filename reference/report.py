@@ -19,7 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from reference.report_curves import loss_curves
-from reference.report_pictures import CHIPS, VIEWS, gallery_sheet, mask_sheet, photo, words_of
+from reference.report_pictures import (
+    CHIPS,
+    Views,
+    gallery_sheet,
+    mask_sheet,
+    photo,
+    views_of,
+    words_of,
+)
 from reference.run_files import (
     CONFIG,
     EVALUATION,
@@ -42,6 +50,11 @@ class _Method:
     lead: str
     word: str
     """what a chosen word is"""
+    title: str
+    note: str
+    """of the pairs that are shown with their masks"""
+    random: str = ""
+    """of its figures of masks, where they are not chosen"""
 
 
 _METHODS = {
@@ -51,6 +64,10 @@ _METHODS = {
         "modalities share; these are masked, and the model learns to restore them from the other "
         "modality. This is a reconstruction of the method: every number here is this run's own.",
         "masked word",
+        "What is masked",
+        "The patches that the teacher chose, the image as masked image modelling gets it, and the "
+        "scores that the patches were chosen by (bright: high). In the caption, each masked word "
+        "is marked.",
     ),
     "sycoca": _Method(
         "SyCoCa",
@@ -58,6 +75,10 @@ _METHODS = {
         "patches least like it hidden. This is a small version of the method: every number here "
         "is this run's own.",
         "masked word",
+        "What is masked",
+        "The patches most like a word of the text, which are rebuilt from it; the image without "
+        "those least like it, of which the caption is told; and how like a word each patch is "
+        "(bright: very). No word is masked.",
     ),
     "simla": _Method(
         "SIMLA",
@@ -65,6 +86,12 @@ _METHODS = {
         "text, and the image alone must tell the keywords, which the teacher's attention votes "
         "for. This is a small version of the method: every number here is this run's own.",
         "keyword",
+        "Keywords and masks",
+        "In the caption, the keywords that the teacher's heads voted for are marked. Patches are "
+        "masked in random blocks; here is one draw, and the image as masked image modelling gets "
+        "it.",
+        "Patches are masked in random blocks, which lie in the middle more often than at the rim, "
+        "and so do garments.",
     ),
 }
 
@@ -79,10 +106,10 @@ def write_report(run_dir: str | Path) -> Path:
     evaluation: Evaluation = load_json(run_dir / EVALUATION)
     examples, metrics = Examples.load(run_dir), load_metrics(run_dir)
     config = load_json(run_dir / CONFIG)
-    method = _METHODS[config.get("method", "syncmask")]
+    method, views = _METHODS[config["method"]], views_of(config)
     changes = ChangeExamples.load(run_dir) if "text_guided" in evaluation else None
     curves = loss_curves(metrics)
-    _save_png(mask_sheet(examples, word=method.word), run_dir / "masks.png")
+    _save_png(mask_sheet(examples, views, word=method.word), run_dir / "masks.png")
     _save_png(gallery_sheet(examples), run_dir / "gallery.png")
     with atomic_path(run_dir / "losses.png") as temporary:
         temporary.write_bytes(curves)
@@ -90,11 +117,12 @@ def write_report(run_dir: str | Path) -> Path:
         config=config,
         method=method,
         evaluation=evaluation,
+        data=_data(config),
         last=next((row for row in reversed(metrics) if "seconds" in row), None),
         chips={kind: "rgb({}, {}, {})".format(*colour) for kind, colour in CHIPS.items()},
         words_chosen=bool(examples.token_mask.any()),
         truth_known=bool((examples.token_visible >= 0).any()),
-        pairs=[_pair(examples, i) for i in range(len(examples.image))],
+        pairs=[_pair(examples, views, i) for i in range(len(examples.image))],
         curves=_uri(curves, "png"),
         dark_curves=_uri(loss_curves(metrics, dark=True), "png"),
         text_queries=[
@@ -126,6 +154,12 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
+def _data(config: dict[str, Any]) -> str:
+    if config["data"] == "catalogue":
+        return f"the drawn catalogue, {config['items']} items in two views"
+    return Path(config["data"]).name
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -138,9 +172,9 @@ def _environment() -> Environment:
     return environment
 
 
-def _pair(examples: Examples, i: int) -> dict[str, Any]:
+def _pair(examples: Examples, views: Views, i: int) -> dict[str, Any]:
     return {
-        "views": {title: _image_uri(view(examples, i)) for title, view in VIEWS.items()},
+        "views": {title: _image_uri(view(examples, i)) for title, view in views.items()},
         "words": words_of(examples, i),
         "caption": examples.captions[i],
     }

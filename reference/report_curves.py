@@ -21,25 +21,36 @@ _TITLES = {
     "caption": "Captioning: next word",
     "keywords": "Keywords, from the image",
 }
-_LINE, _SECOND = "#5460c8", "#e20074"
+_MASKS = {
+    "patches_described": "patches on described parts",
+    "details_covered": "details covered",
+    "words_visible": "chosen words visible",
+    "word_auc": "word scores (AUC)",
+}
+_COLOURS = ("#5460c8", "#e20074", "#2e9e5b", "#d67820")
+_LINE, _SECOND, *_ = _COLOURS
 
 
 def loss_curves(metrics: Sequence[dict[str, Any]], *, dark: bool = False) -> bytes:
-    """A PNG of the losses, and of the retrieval recall, against the step."""
+    """A PNG of the losses, of the retrieval recall and of figures of masks, against the step."""
     logged = [row for row in metrics if "loss" in row]
     evaluated = [row for row in metrics if "eval" in row]
     paper, ink = ("#171a21", "#c6cad4") if dark else ("#ffffff", "#3c404b")
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14, wspace=0.04, hspace=0.06)
     figure = Figure(figsize=(11.4, 5.6), dpi=150, facecolor=paper, layout=layout)
     names = [name for name in logged[0] if name in _TITLES] if logged else []
-    axes = figure.subplots(2, max(1, -(-(len(names) + 1) // 2))).ravel()
+    masked = [row for row in evaluated if "masks" in row["eval"]]
+    panels = len(names) + 1 + bool(masked)
+    axes = figure.subplots(2, max(1, -(-panels // 2))).ravel()
     for axis, name in zip(axes, names, strict=False):
         _style(axis, _TITLES[name], paper, ink)
         steps, values = np.array([(row["step"], row[name]) for row in logged]).T
         axis.plot(steps, values, color=_LINE, alpha=0.28, linewidth=1)
         axis.plot(steps, _smooth(values), color=_LINE, linewidth=2)
     _recalls(axes[len(names)], evaluated, paper, ink)
-    for axis in axes[len(names) + 1 :]:
+    if masked:
+        _mask_figures(axes[len(names) + 1], masked, paper, ink)
+    for axis in axes[panels:]:
         axis.set_visible(False)
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor=paper, metadata={"Software": None})
@@ -57,9 +68,26 @@ def _recalls(axis: Axes, evaluated: Sequence[dict[str, Any]], paper: str, ink: s
     if evaluated:
         chance = 100 * evaluated[-1]["eval"]["retrieval"]["chance"]["t2i"]["r10"]
         axis.axhline(chance, color=ink, linestyle=":", linewidth=1, label="chance")
-        axis.set_ylim(0, 100)
-        axis.yaxis.set_major_formatter("{x:.0f} %")
-        axis.legend(frameon=False, fontsize=8, labelcolor=ink, loc="best")
+        _percent(axis, ink)
+
+
+def _mask_figures(axis: Axes, evaluated: Sequence[dict[str, Any]], paper: str, ink: str) -> None:
+    _style(axis, "Masks, validation", paper, ink)
+    steps = [row["step"] for row in evaluated]
+    for (key, label), colour in zip(_MASKS.items(), _COLOURS, strict=True):
+        figures = [row["eval"]["masks"] for row in evaluated]
+        if key in figures[0]:
+            values = [100 * figure[key] for figure in figures]
+            axis.plot(steps, values, "o-", color=colour, markersize=4, linewidth=2, label=label)
+            chance = 100 * figures[-1].get(f"{key}_random", 0.5)
+            axis.axhline(chance, color=colour, linestyle=":", linewidth=1)
+    _percent(axis, ink)
+
+
+def _percent(axis: Axes, ink: str) -> None:
+    axis.set_ylim(0, 100)
+    axis.yaxis.set_major_formatter("{x:.0f} %")
+    axis.legend(frameon=False, fontsize=8, labelcolor=ink, loc="best")
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

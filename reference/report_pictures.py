@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+import syncmask_kernels as smk
 from reference.run_files import Examples
 
 Pixels = NDArray[np.uint8]
 Bits = NDArray[np.bool_]
 Colour = tuple[int, int, int]
+Views = dict[str, Callable[[Examples, int], Image.Image]]
 
 OUTLINE: Colour = (226, 0, 116)
 HIT: Colour = (46, 158, 91)
@@ -103,12 +106,30 @@ def heat_view(image: Tensor, scores: Tensor) -> Image.Image:
     return Image.fromarray((0.72 * colours + 0.28 * grey).astype(np.uint8))
 
 
-VIEWS: dict[str, Callable[[Examples, int], Image.Image]] = {
-    "Image": lambda e, i: photo(e.image[i]),
-    "Chosen patches": lambda e, i: chosen_view(e.image[i], e.patch_mask[i]),
-    "What MIM sees": lambda e, i: masked_view(e.image[i], e.patch_mask[i]),
-    "Patch scores": lambda e, i: heat_view(e.image[i], e.patch_scores[i]),
-}
+def views_of(config: Mapping[str, Any]) -> Views:
+    """What is shown of a pair, by title, for the method and options of a run."""
+
+    def chosen(examples: Examples, i: int) -> Image.Image:
+        return chosen_view(examples.image[i], examples.patch_mask[i])
+
+    def masked(examples: Examples, i: int) -> Image.Image:
+        return masked_view(examples.image[i], examples.patch_mask[i])
+
+    def heat(examples: Examples, i: int) -> Image.Image:
+        return heat_view(examples.image[i], examples.patch_scores[i])
+
+    def described(examples: Examples, i: int) -> Image.Image:
+        ratios = {name: config[name] for name in ("high_ratio", "low_ratio")}
+        hidden = smk.attentive_mask(examples.patch_scores[i], **ratios).low.mask
+        return masked_view(examples.image[i], hidden)
+
+    views: Views = {"Image": lambda examples, i: photo(examples.image[i])}
+    if config["method"] == "sycoca":
+        told = {"For the captioner": described, "Likeness to the text": heat}
+        return views | {"Patches to rebuild": chosen} | told
+    if config["method"] == "simla":
+        return views | {"Random blocks": chosen, "What MIM sees": masked}
+    return views | {"Chosen patches": chosen, "What MIM sees": masked, "Patch scores": heat}
 
 
 def _grid(patches: NDArray) -> NDArray:
@@ -140,14 +161,19 @@ _GAP, _MARGIN, _LINE = 12, 36, 34
 
 
 def mask_sheet(
-    examples: Examples, *, pairs: int = 6, columns: int = 2, word: str = "masked word"
+    examples: Examples,
+    views: Views,
+    *,
+    pairs: int = 6,
+    columns: int = 2,
+    word: str = "masked word",
 ) -> Image.Image:
     """A picture of the first pairs: their views, and their captions with chosen words marked.
 
     `word` is what a chosen word is called.
     """
     count = min(pairs, len(examples.image))
-    width = len(VIEWS) * (_SIDE + _GAP) - _GAP
+    width = len(views) * (_SIDE + _GAP) - _GAP
     captions = [_set_words(words_of(examples, i), width) for i in range(count)]
     lines = max((text.height for text in captions), default=0)
     height, top = _SIDE + lines + 2 * _GAP, _MARGIN + _LINE
@@ -159,7 +185,7 @@ def mask_sheet(
     for i, caption in enumerate(captions):
         left = _MARGIN + i % columns * (width + _MARGIN)
         y = top + i // columns * height
-        for j, (title, view) in enumerate(VIEWS.items()):
+        for j, (title, view) in enumerate(views.items()):
             x = left + j * (_SIDE + _GAP)
             if i < columns:
                 draw.text((x, _MARGIN - 4), title, FAINT, _font(20))
@@ -170,15 +196,15 @@ def mask_sheet(
 
 
 def _legend(examples: Examples, word: str) -> list[Word]:
-    if not examples.token_mask.any():
-        return []
-    if not (examples.token_visible >= 0).any():
-        return [Word(word, "masked")]
-    return [
+    chosen, known = examples.token_mask.any(), (examples.token_visible >= 0).any()
+    if not known:
+        return [Word(word, "masked")] if chosen else []
+    marked = [
         Word(f"{word}, visible in this view", "seen"),
         Word(f"{word}, not visible in this view", "unseen"),
         Word(f"{word}, names nothing an image can show", "masked"),
     ]
+    return [*(marked if chosen else []), Word("grey: not visible in this view", "absent")]
 
 
 def _set_words(words: Sequence[Word], width: int, *, size: int = 21) -> Image.Image:
@@ -207,8 +233,11 @@ def gallery_sheet(examples: Examples, *, side: int = 150) -> Image.Image:
     rows, columns = examples.gallery_hits.shape
     width = max(columns, 5) * (side + _GAP) - _GAP + 2 * _MARGIN
     height = side + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (width, max(1, rows) * height + _MARGIN), "white")
+    foot = max(1, rows) * height + _MARGIN
+    sheet = Image.new("RGB", (width, foot + _LINE), "white")
     draw = ImageDraw.Draw(sheet)
+    note = "The images nearest to each text, best first; green: an image of the text's item."
+    draw.text((_MARGIN, foot - 10), note, FAINT, _font(15))
     for i, query in enumerate(examples.gallery_queries):
         y = _MARGIN + i * height
         draw.text((_MARGIN, y - 8), _shortened(query, width - 2 * _MARGIN), INK, _font(17))

@@ -6,7 +6,8 @@ A run is a folder:
 ``config.json``             the arguments of the run
 ``metrics.jsonl``           one object a line: a logged step ``{"step", "loss", "itc", "itm",
                             "mlm", "mim", "seconds", ...}`` (``seconds``: since the start of
-                            training) or an evaluation ``{"step", "eval": Evaluation}``
+                            training; ``broken``: pairs left out since it last began, if any)
+                            or an evaluation ``{"step", "eval": Evaluation}``
 ``evaluation.json``         the final `Evaluation`; ``reference.evaluate`` adds to it
 ``examples.safetensors``,   the tensors and the texts of an `Examples`
 ``examples.json``

@@ -18,6 +18,7 @@ from reference.report_pictures import (
     mask_sheet,
     masked_view,
     photo,
+    views_of,
     words_of,
 )  # fmt: skip
 from reference.run_files import (
@@ -98,12 +99,16 @@ def make_examples(pairs=2, queries=1, **changes) -> Examples:
     return Examples(**{**values, **changes})
 
 
+SYCOCA = {"method": "sycoca", "high_ratio": 0.5, "low_ratio": 0.25}
 LOSSES = {"itc": 0.4, "itm": 0.7, "mlm": 0.5, "mim": 0.2}
 
 
 def make_run(folder, examples, evaluation, steps=30, method="syncmask", losses=LOSSES):
     examples.save(folder)
-    options = {"data": "catalogue", "batch_size": 48, "note": "<script>", "method": method}
+    options = {
+        "data": "catalogue", "items": 40, "batch_size": 48, "note": "<script>", "method": method,
+    }  # fmt: skip
+    options = SYCOCA | options
     save_json(folder / CONFIG, options)
     save_json(folder / EVALUATION, evaluation)
     for step in range(10, steps + 1, 10):
@@ -363,12 +368,17 @@ def test_report_of_other_methods(tmp_path, method, name, losses):
     nothing = torch.zeros(2, 8, dtype=torch.bool)
     examples = make_examples(**({"token_mask": nothing} if method == "sycoca" else {}))
     evaluation = {"retrieval": RETRIEVAL, "masks": masks}
-    logged = dict.fromkeys(losses, 0.5)
+    logged = dict.fromkeys(losses, 0.5) | {"broken": 7}
     run = make_run(tmp_path, examples, evaluation, method=method, losses=logged)
     report.write_report(run)
     page = read_page(run)
     assert f"{name} pretraining" in page.text
     assert "SyncMask" not in page.text
+    assert "the drawn catalogue, 40 items" in page.text
+    views = {"sycoca": "For the captioner", "simla": "Random blocks"}
+    for other, view in views.items():
+        assert (view in page.text) == (other == method)
+    assert "7Broken pairs met" in page.text
     assert ("keyword, visible in this view" in page.text) == (method == "simla")
     assert ("seen" in page.classes) == (method == "simla")
 
@@ -384,11 +394,30 @@ def test_curves_show_every_logged_loss(monkeypatch):
     loss_curves(rows)
     assert titles[:3] == ["Total loss", "ITC: image-text contrast", "Captioning: next word"]
     assert titles[3:] == ["Recall at 10, validation"]
+    loss_curves([*rows, {"step": 1, "eval": {"retrieval": RETRIEVAL, "masks": MASKS}}])
+    assert titles[-2:] == ["Recall at 10, validation", "Masks, validation"]
+
+
+def test_the_captioner_does_not_see_what_is_least_like_the_text():
+    examples = make_examples(1)
+    examples.patch_scores[0] = torch.arange(16)
+    views = views_of(SYCOCA)
+    assert list(views) == [
+        "Image",
+        "Patches to rebuild",
+        "For the captioner",
+        "Likeness to the text",
+    ]
+    image, seen = (np.asarray(views[name](examples, 0)) for name in ("Image", "For the captioner"))
+    assert np.array_equal(image[64:], seen[64:])  # four patches, of 64 pixels, are a row
+    assert (image[:64] != seen[:64]).any(-1).all()
 
 
 def test_sheets_hold_every_pair_and_frame_hits_green():
     examples = make_examples(3, 2)
-    assert mask_sheet(examples).height > mask_sheet(make_examples(2)).height
+    views = views_of({"method": "simla"})
+    assert mask_sheet(examples, views).height > mask_sheet(make_examples(2), views).height
+    assert mask_sheet(examples, views).width < mask_sheet(examples, views | views_of(SYCOCA)).width
     sheet = np.asarray(gallery_sheet(examples, side=64)).astype(int)
     green = (sheet == (46, 158, 91)).all(-1).sum()
     frame = 65 * 65 - 53 * 53

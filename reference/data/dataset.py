@@ -91,6 +91,11 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             "index": rows,
         }
 
+    @property
+    def broken(self) -> int:
+        """How often a broken image was met and replaced."""
+        return self.images.broken.count if isinstance(self.images, StoredImages) else 0
+
     def _look_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.images, StoredImages) and rows.ndim:
             return self.images.batch(rows)

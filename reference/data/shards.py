@@ -306,7 +306,7 @@ class ShardStream:
         self.tokenizer, self.length, self.image_size = tokenizer, length, image_size
         self.order = Order(shards, ranks.rank(), ranks.size(), parts, batch_size, buffer, seed)
         self.workers, self.positions, self.batches = workers, [Position()] * parts, 0
-        self.broken = Broken("training shards", max_broken, _GRACE)
+        self._broken = Broken("training shards", max_broken, _GRACE)
         self._parts: Iterator[Part] | None = None
 
     def __next__(self) -> dict[str, Tensor]:
@@ -335,8 +335,13 @@ class ShardStream:
         part = next(self._parts)
         self.positions[self.batches % len(self.positions)] = part.position
         self.batches += 1
-        self.broken.note(self.order.batch_size, part.problems)
+        self._broken.note(self.order.batch_size, part.problems)
         return part
+
+    @property
+    def broken(self) -> int:
+        """How many broken pairs were met."""
+        return self._broken.count
 
     def state_dict(self) -> dict[str, Any]:
         """How far every worker of this rank is."""
