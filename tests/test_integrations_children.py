@@ -262,7 +262,8 @@ def far_from_each_other(module: nn.Module, inputs: Any, output: Tensor) -> Tenso
 def wrong_texts(model: nn.Module) -> list[int]:
     """The texts that a step shows beside the images, told from their lengths."""
     image, text = batch_of(0, torch.float32)
-    text.attention_mask = (torch.arange(WORDS) <= torch.arange(PAIRS)[:, None]).long()
+    lengths = torch.arange(1, PAIRS + 1).unsqueeze(1)
+    text = text._replace(attention_mask=(torch.arange(WORDS) < lengths).long())
     seen = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -98,8 +98,14 @@ def load() -> ModuleType:
 
 
 def real_fashionvil(
-    tmp_path: Path, *, layers: int = 2, dropout: float = 0.0, double_view: bool = False
+    tmp_path: Path,
+    *,
+    layers: int = 2,
+    dropout: float = 0.0,
+    double_view: bool = False,
+    **sizes: int,
 ) -> nn.Module:
+    """The host's own model; `sizes` are entries of its configuration."""
     host = load()
     config = {
         "hidden_size": WIDTH,
@@ -107,17 +113,17 @@ def real_fashionvil(
         "num_hidden_layers": layers,
         "intermediate_size": 2 * WIDTH,
         "vocab_size": VOCABULARY,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 128,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": dropout,
+        "visual_embedding_dim": FEATURES,
+        **sizes,
     }
+    bert = host.BertForPreTraining(host.BertForPreTraining.config_class(**config))
     checkpoint = tmp_path / "bert"
-    host.BertForPreTraining(host.BertForPreTraining.config_class(**config)).save_pretrained(
-        checkpoint
-    )
+    bert.save_pretrained(checkpoint)
     options = {
         "bert_model_name": str(checkpoint),
-        "visual_embedding_dim": FEATURES,
         "output_attentions": False,
         "output_hidden_states": False,
         "bypass_transformer": True,
