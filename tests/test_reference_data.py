@@ -15,6 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from reference import evaluate as evaluation
+from reference import pretrain as pretraining
 from reference.config import PretrainConfig
 from reference.data import PairDataset, TooManyBroken, kind_of, load_data, train_tokenizer
 from reference.data.broken import Broken
@@ -25,6 +27,7 @@ from reference.data.fashiongen import load_fashiongen
 from reference.data.photos import load_photos
 from reference.data.shards import ShardStream, item_id, read_samples, shards_of
 from reference.data.tokenizer import tokenize
+from reference.run_files import load_json, load_metrics
 
 
 @pytest.fixture(scope="module")
@@ -586,6 +589,32 @@ def test_a_stream_goes_on_where_it_was_saved(shards, workers):
         before = state
     with pytest.raises(ValueError, match=r"state must be of a stream of .* got \(4, 1"):
         stream_of(shards, batch_size=5).load_state_dict(state)
+
+
+def test_a_run_on_shards_goes_on_where_it_was_cut(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "write_report", lambda run: run)
+    options = {
+        "data": str(shards), "workers": 2, "shuffle_buffer": 6, "image_size": 16, "width": 16,
+        "heads": 2, "image_layers": 1, "fusion_layers": 1, "projection": 8, "batch_size": 3,
+        "steps": 8, "random_mask_steps": 2, "log_every": 1, "save_every": 5, "accumulate": 2,
+    }  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    pretraining.pretrain(PretrainConfig(**options, output=str(whole)))
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "_log", lambda *call: call[3] == 7 and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretraining.pretrain(PretrainConfig(**options, output=str(run)))
+    pretraining.pretrain(PretrainConfig(**options, output=str(run), resume=True))
+    first, second = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in load_metrics(folder)]
+        for folder in (whole, run)
+    )
+    assert first == second
+    assert len(first) == 9
+    monkeypatch.setattr(evaluation, "write_report", lambda run: run)
+    evaluation.main([str(run), "--task", "recognition"])
+    skipped = load_json(run / "evaluation.json")["skipped"]
+    assert skipped["recognition"] == "the training split is a stream of shards"
 
 
 def test_broken_samples_of_shards(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from math import comb
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,6 +297,18 @@ def test_a_task_alone_leaves_the_others(
     assert after == before | {"recognition": printed["recognition"]}
     main([str(photo_run), "--task", "text_guided", "--head_steps", "100"])
     assert load_json(photo_run / "evaluation.json") == after  # deterministic
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_results(photo_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(photo_run, run)
+    before = load_json(run / "evaluation.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretraining, "write_report", lambda run: run)
+        pretraining.main(["--output", str(run), "--resume"])
+        assert load_json(run / "evaluation.json") == before
+        pretraining.main(["--output", str(run), "--resume", "--steps", "31"])
+    assert set(load_json(run / "evaluation.json")) == {"retrieval"}  # others were of step 30
 
 
 def test_results_of_the_student_are_not_kept(photo_run: Path) -> None:

@@ -155,20 +155,22 @@ def _assert_same(run: Path, other: Path) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_resuming_after_sigkill_changes_nothing(
-    finished: Path, tmp_path: Path, no_report: None
-) -> None:
-    run = tmp_path / "killed"
+def test_resuming_after_sigkill_changes_nothing(tmp_path: Path, no_report: None) -> None:
+    """In the middle of an epoch of grouped batches: an epoch has 5 of them, the first is plain."""
+    grouped = {"batches": "semi_hard", "search_space": 16}
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    pretrain(tiny(whole, **grouped))
     command = [sys.executable, "-m", "reference.pretrain", "--output", str(run)]
-    command += itertools.chain.from_iterable((f"--{k}", str(v)) for k, v in TINY.items())
+    options = (TINY | grouped).items()
+    command += itertools.chain.from_iterable((f"--{k}", str(v)) for k, v in options)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(load_metrics(run)) < 5:
+    while process.poll() is None and len(load_metrics(run)) < 8:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert len(load_metrics(run)) < len(load_metrics(finished))
+    assert len(load_metrics(run)) < len(load_metrics(whole))
     pretraining.main(["--output", str(run), "--resume"])
-    _assert_same(run, finished)
+    _assert_same(run, whole)
 
 
 def test_resuming_a_finished_run_trains_no_further(no_report: None, finished: Path) -> None:

@@ -331,7 +331,10 @@ class ShardStream:
     def _next_part(self) -> Part:
         if self._parts is None:
             reader = ShardReader(self.order, self.positions.copy(), self.batches, self.image_size)
-            self._parts = iter(DataLoader(reader, batch_size=None, num_workers=self.workers))
+            # A loader draws a seed as it begins: not from the generator that steps draw from.
+            own = torch.Generator()
+            loader = DataLoader(reader, batch_size=None, num_workers=self.workers, generator=own)
+            self._parts = iter(loader)
         part = next(self._parts)
         self.positions[self.batches % len(self.positions)] = part.position
         self.batches += 1
