@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.measure import DEVICE
 from benchmarks.report import Case
@@ -51,7 +51,7 @@ def bench_albef_step(compare: Callable[..., None], tmp_path: Path, size: str) ->
     generator = torch.Generator().manual_seed(0)
     batch = make_batch(config, pairs, WORDS, generator)
     draws = make_draws(batch, config, generator, model.mlm_probability)
-    batch, draws = tree_map(lambda tensor: tensor.to(DEVICE), (batch, draws))
+    batch, draws = tree_map_only(Tensor, lambda x: x.to(DEVICE), (batch, draws))
     negatives = negatives_of(draws)
 
     def step(losses: Callable[[], Any]) -> Callable[[Any], Tensor]:

@@ -154,6 +154,20 @@ def run_clean(model: nn.Module, teacher: albef.Encoded, text: Any, layers: list[
     return [module.get_attention_map().detach() for module in modules]
 
 
+def captured_by_the_host(model, module, batch, draws) -> Tensor:
+    """The probabilities ``[B, H, T, S]`` of `module` as the teacher reads masked words."""
+    image = albef.encode(model, *batch, momentum=True).image.requires_grad_()
+    module.save_attention = True
+    model.text_encoder_m.bert(
+        draws.words.input_ids,
+        attention_mask=batch.text.attention_mask,
+        encoder_hidden_states=image,
+        return_dict=True,
+    )
+    module.save_attention = False
+    return module.get_attention_map().detach()
+
+
 @pytest.mark.parametrize("layers", [[-1], [2], [-2, -1]])
 def test_masks_follow_the_teacher(make, layers):
     model, batch = make(), make.batch(0)
@@ -169,6 +183,30 @@ def test_masks_follow_the_teacher(make, layers):
     labels = loss.call_args.args[2]
     assert torch.equal(labels, ids.where(wanted.token_mask, -100))
     assert torch.equal(loss.call_args.kwargs["ids"], wanted.token_ids)
+
+
+@pytest.mark.usefixtures("group")
+def test_by_hand_in_the_forward_of_the_host(make):
+    """Attention of the host's own pass through the teacher, and masks in its own `mask`."""
+    model, batch = make(), make.batch(0)
+    model.momentum = 1.0
+    ids = batch.text.input_ids
+    draws = make_draws(batch, make.size, generator(0))
+    modules = albef.cross_attention(model.text_encoder_m.bert, [2])
+    with albef.capture_attention(modules) as captured, drawing(model, draws):
+        model(*batch, alpha=ALPHA)
+    wanted = smk.head_average(captured_by_the_host(model, modules[0], batch, draws))
+    torch.testing.assert_close(captured.map(), wanted)
+    chosen = captured.sync_masks(smk.token_valid(ids, [PAD, CLS, SEP]), token_k=2)
+    vocabulary = model.text_encoder.config.vocab_size
+    _, labels = model.mask(
+        ids.clone(),
+        vocabulary,
+        ids.device,
+        targets=ids.clone(),
+        masked_indices=chosen.token_mask.clone(),
+    )
+    assert torch.equal(labels, ids.where(chosen.token_mask, -100))
 
 
 def test_options_of_masks_reach_the_selection(make):
