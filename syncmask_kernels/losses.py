@@ -178,7 +178,7 @@ def masked_linear_cross_entropy(
     targets = _targets(
         labels, vocabulary, soft_labels, teacher, alpha, ignore_index, label_smoothing
     )
-    run = backends.choose("masked_linear_cross_entropy", hidden, student, targets)
+    run = backends.choose("masked_linear_cross_entropy", hidden, student, targets, reduction)
     flat = _flat(student, labels.numel())
     loss = run(flat, targets, _flat_ids(ids, labels), capacity, reduction)
     return loss.reshape(labels.shape) if reduction == "none" else loss

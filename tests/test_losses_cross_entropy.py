@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 import syncmask_kernels as smk
 from reference.ops import losses as oracle
+from syncmask_kernels import backends
 from syncmask_kernels.backends.eager import losses as eager
 from tests.accuracy import assert_as_accurate
 from tests.compiling import assert_compiles_once
@@ -131,16 +133,34 @@ CASES = [
 
 @pytest.fixture(params=["looks up", "streams"])
 def path(request, monkeypatch):
-    """The CPU knows which rows are labelled; what a GPU does instead runs on it all the same."""
+    """The CPU knows which rows are labelled; what a GPU does instead runs on it all the same.
+
+    Where C++ serves too (sums in float32), tests add "in C++".
+    """
     if request.param == "streams":
         monkeypatch.setattr(eager, "_host_counts", lambda labels: False)
         monkeypatch.setattr(eager, "STREAM_LOGITS", 15 * V)
+    backend = "cpu" if request.param == "in C++" else "eager"
+    reason = backends.BACKENDS[backend].unavailable("cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    with smk.use_backend(backend):
+        yield
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("names", CASES, ids=", ".join)
-def test_loss_and_gradients_against_the_truth(names, dtype):
+def on_paths(name, values, summed):
+    """Parametrize `path` too: every value in plain PyTorch, the `summed` ones in C++."""
+    runs = [*product(["looks up", "streams"], values), *product(["in C++"], summed)]
+    return pytest.mark.parametrize(("path", name), runs, indirect=["path"], ids=str)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+SUMMED = [names for names in CASES if "none" not in names]
+
+
+@on_paths("form", product(CASES, [*HALVES, torch.float32]), product(SUMMED, [torch.float32]))
+def test_loss_and_gradients_against_the_truth(path, form):
+    names, dtype = form
     case = Case(dtype, batch=4, tokens=15)
     options = case.options(names)
     got = gradients(smk.masked_linear_cross_entropy, case, options)
@@ -178,7 +198,7 @@ def test_gradcheck(names):
     assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
 
 
-def test_flat_rows_equal_batched_rows():
+def test_flat_rows_equal_batched_rows(backend):
     case = Case()
     options = case.options(["bias", "soft"])
     batched = smk.masked_linear_cross_entropy(case.hidden, case.weight, case.labels, **options)
@@ -187,7 +207,8 @@ def test_flat_rows_equal_batched_rows():
     assert torch.equal(batched, smk.masked_linear_cross_entropy(*args, **options))
     ids = (case.labels.flatten() != -100).nonzero().squeeze(1)
     assert torch.equal(batched, smk.masked_linear_cross_entropy(*args, ids=ids, **options))
-    rows = smk.masked_linear_cross_entropy(*args, reduction="none")
+    with smk.use_backend("eager"):
+        rows = smk.masked_linear_cross_entropy(*args, reduction="none")
     assert rows.shape == (B * T,)
 
 
@@ -205,12 +226,11 @@ def test_ids_leave_labelled_rows_out():
     assert full > smk.masked_linear_cross_entropy(*args, ids=ids, reduction="sum")
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@on_paths("reduction", ["mean", "sum", "none"], ["mean", "sum"])
 @pytest.mark.parametrize(
     "names", [(), ("ids",), ("capacity",), ("roomy",), ("teacher", "smoothing")]
 )
-def test_no_labels_is_zero_with_zero_gradients(names, reduction):
+def test_no_labels_is_zero_with_zero_gradients(path, names, reduction):
     case = Case()
     case.labels.fill_(-100)
     case.ids.fill_(-1)
@@ -237,9 +257,8 @@ def test_no_rows(shape, names):
     assert rows.shape == shape
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_rows_beyond_the_capacity_make_everything_nan(reduction):
+@on_paths("reduction", ["mean", "sum", "none"], ["mean", "sum"])
+def test_rows_beyond_the_capacity_make_everything_nan(path, reduction):
     case = Case()
     options = {"capacity": case.count - 1, "bias": case.bias, "reduction": reduction}
     results = gradients(smk.masked_linear_cross_entropy, case, options)
@@ -250,9 +269,8 @@ def test_rows_beyond_the_capacity_make_everything_nan(reduction):
     assert hidden_grad.isnan().any()
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("names", [(), ("ids",), ("capacity",), ("soft",), ("teacher",)])
-def test_rows_without_a_label_are_never_used(names):
+@on_paths("names", *[[(), ("ids",), ("capacity",), ("soft",), ("teacher",)]] * 2)
+def test_rows_without_a_label_are_never_used(path, names):
     case = Case()
     options = case.options([*names, "bias"])
     want = gradients(smk.masked_linear_cross_entropy, case, options)
@@ -277,7 +295,7 @@ def test_ignore_index(ignore_index):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
-def test_the_teacher_is_a_constant():
+def test_the_teacher_is_a_constant(backend):
     case = Case()
     teacher = [x.requires_grad_() for x in case.teacher]
     hidden = case.hidden.requires_grad_()
@@ -288,7 +306,7 @@ def test_the_teacher_is_a_constant():
     assert hidden.grad.abs().sum() > 0
 
 
-def test_alpha_as_a_tensor():
+def test_alpha_as_a_tensor(backend):
     case = Case()
     args = case.hidden, case.weight, case.labels
     number = smk.masked_linear_cross_entropy(*args, soft_labels=case.soft, alpha=0.25)
@@ -296,7 +314,7 @@ def test_alpha_as_a_tensor():
     assert torch.equal(number, tensor)
 
 
-def test_views():
+def test_views(backend):
     case = Case()
     wide = torch.randn(B, D, 2 * T)
     hidden, weight = wide.transpose(1, 2)[:, ::2], torch.randn(D, V).t()

@@ -9,9 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import syncmask_kernels as smk
 from reference.ops import losses as oracle
 from syncmask_kernels.backends.eager import losses_known_rows
-from tests.test_losses_cross_entropy import Case, D, V, gradients
+from tests.test_losses_cross_entropy import Case, D, V, double, gradients
 
 FORMS = [("bias",), ("bias", "smoothing", "soft", "sum"), ("ids", "smoothing", "teacher")]
+DTYPES = {"eager": torch.float64, "cpu": torch.float32}  # the widest that the backend serves
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-14},
+    torch.float32: {"rtol": 2e-6, "atol": 1e-6},
+}
+
+
+def assert_close(got, truth):
+    torch.testing.assert_close(got, truth.to(got.dtype), **TOLERANCES[got.dtype])
 
 
 @pytest.fixture
@@ -25,21 +34,21 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("tokens", [2, 16], ids=["room to spare", "more rows than room"])
 @pytest.mark.parametrize("names", FORMS, ids=", ".join)
-def test_parts_and_blocks(names, tokens):
-    case = Case(torch.float64, batch=5, tokens=tokens)
+def test_parts_and_blocks(backend, names, tokens):
+    case = Case(DTYPES[backend], batch=5, tokens=tokens)
     assert (2 * case.count < D) == (tokens == 2)
     options = case.options(names)
     got = gradients(smk.masked_linear_cross_entropy, case, options)
-    truth = gradients(oracle.masked_linear_cross_entropy, case, options)
+    truth = gradients(oracle.masked_linear_cross_entropy, case, options, double)
     for value, want in zip(got, truth, strict=True):
-        torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-14)
+        assert_close(value, want)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("names", FORMS[1:], ids=", ".join)
 @pytest.mark.parametrize("asked", [(0,), (1,), (2,), (0, 2), ()], ids=str)
-def test_only_the_gradients_asked_for(names, asked):
-    case = Case(torch.float64, batch=5)
+def test_only_the_gradients_asked_for(backend, names, asked):
+    case = Case(DTYPES[backend], batch=5)
     options = case.options(names)
     options["bias"] = case.bias
     _, *all_gradients = gradients(smk.masked_linear_cross_entropy, case, options)
@@ -49,7 +58,7 @@ def test_only_the_gradients_asked_for(names, asked):
     assert loss.requires_grad == bool(asked)
     leaves = [[*inputs, options["bias"]][i] for i in asked]
     for i, got in zip(asked, torch.autograd.grad(loss, leaves) if asked else (), strict=True):
-        torch.testing.assert_close(got, all_gradients[i], rtol=1e-12, atol=1e-14)
+        assert_close(got, all_gradients[i])
 
 
 @pytest.mark.parametrize("names", FORMS, ids=", ".join)
@@ -66,29 +75,30 @@ def test_gradients_of_gradients(names):
 
 
 @pytest.mark.usefixtures("small")
-def test_words_without_a_chance():
+def test_words_without_a_chance(backend):
     """As if there were no such words, even where they fill a block."""
-    case = Case(torch.float64, batch=5)
+    case = Case(DTYPES[backend], batch=5)
     case.labels[(case.labels >= 0) & (case.labels < 9)] = 9
     case.bias[:9] = -torch.inf
     loss, *of_head = gradients(smk.masked_linear_cross_entropy, case, case.options(["bias"]))
     case.labels[case.labels != -100] -= 9
     case.weight, case.bias = case.weight[9:], case.bias[9:]
-    want, *of_rest = gradients(oracle.masked_linear_cross_entropy, case, case.options(["bias"]))
+    options = case.options(["bias"])
+    want, *of_rest = gradients(oracle.masked_linear_cross_entropy, case, options, double)
     got = loss, of_head[0], of_head[1][9:], of_head[2][9:]
     for value, true in zip(got, (want, *of_rest), strict=True):
-        torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-14)
+        assert_close(value, true)
     assert not of_head[1][:9].any()
 
 
-def test_a_second_backward_pass():
-    case = Case(torch.float64)
+def test_a_second_backward_pass(backend):
+    case = Case(DTYPES[backend])
     inputs = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     loss = smk.masked_linear_cross_entropy(*inputs, case.labels)
     first = torch.autograd.grad(loss, inputs, torch.tensor(3.0), retain_graph=True)
     second = torch.autograd.grad(loss, inputs)
     for three, one in zip(first, second, strict=True):
-        torch.testing.assert_close(three, 3 * one, rtol=1e-12, atol=1e-14)
+        assert_close(three, 3 * one)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
 
@@ -108,7 +118,7 @@ class Storages(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_logits_take_no_memory_of_their_own(distilled):
+def test_logits_take_no_memory_of_their_own(backend, distilled):
     rows, vocabulary, width = 30, 20_000, 64
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)

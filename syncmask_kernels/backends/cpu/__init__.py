@@ -11,6 +11,7 @@ if _missing is None:
     from syncmask_kernels.backends.cpu import (
         attention,
         grouping,
+        losses,
         masking,
         negatives,
         patch_losses,
@@ -30,6 +31,9 @@ if _missing is None:
     KERNELS["masked_sum"] = Kernel(masking.masked_sum, masking.refuses_sum)
     KERNELS["gather_masked"] = Kernel(masking.gather_masked, masking.refuses_move)
     KERNELS["scatter_masked"] = Kernel(masking.scatter_masked, masking.refuses_sum)
+    KERNELS["masked_linear_cross_entropy"] = Kernel(
+        losses.masked_linear_cross_entropy, losses.refuses_linear_cross_entropy
+    )
     for op in ("masked_patch_loss", "masked_patch_loss_backward"):
         KERNELS[op] = Kernel(getattr(patch_losses, op), refuses_float64)
 

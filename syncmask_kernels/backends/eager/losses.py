@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from syncmask_kernels.backends.eager import losses_known_rows
+from syncmask_kernels.backends.eager.losses_known_rows import PLAIN_SOFTMAX, Softmax
 from syncmask_kernels.backends.eager.selection import ids_of
 from syncmask_kernels.backends.loss_request import Head, Targets
 
@@ -81,13 +82,15 @@ def _host_knows(ids: Tensor, student: Head, targets: Targets, reduction: str) ->
     return summed and _host_counts(ids) and losses_known_rows.serves(student, targets)
 
 
-def _known_rows_loss(rows: Tensor, student: Head, targets: Targets, reduction: str) -> Tensor:
+def _known_rows_loss(
+    rows: Tensor, student: Head, targets: Targets, reduction: str, softmax: Softmax
+) -> Tensor:
     scale = 1 / rows.shape[0] if reduction == "mean" else 1.0
 
     def plain(*head: Any) -> Tensor:
         return scale * _losses_at(rows, Head(*head), targets).sum()
 
-    return losses_known_rows.summed_loss(student, targets, rows, scale, plain)
+    return losses_known_rows.summed_loss(student, targets, rows, scale, softmax, plain)
 
 
 def labelled_rows(targets: Targets, ids: Tensor | None, capacity: int | None) -> Tensor | None:
@@ -104,7 +107,12 @@ def labelled_rows(targets: Targets, ids: Tensor | None, capacity: int | None) ->
 
 
 def masked_linear_cross_entropy(
-    student: Head, targets: Targets, ids: Tensor | None, capacity: int | None, reduction: str
+    student: Head,
+    targets: Targets,
+    ids: Tensor | None,
+    capacity: int | None,
+    reduction: str,
+    softmax: Softmax = PLAIN_SOFTMAX,
 ) -> Tensor:
     """The loss over the labelled rows, or over those of them that `ids` [K] (-1: none) names."""
     labels = targets.labels
@@ -113,7 +121,7 @@ def masked_linear_cross_entropy(
     if _host_counts(labels):
         ids = labelled.nonzero().squeeze(1) if ids is None else ids[ids >= 0]
     if ids is not None and _host_knows(ids, student, targets, reduction):
-        losses = _known_rows_loss(ids, student, targets, reduction)
+        losses = _known_rows_loss(ids, student, targets, reduction, softmax)
     else:
         losses = _streamed(student, targets) if ids is None else _losses_at(ids, student, targets)
         if reduction == "none":

@@ -8,6 +8,7 @@ has the gradients ready is the method of Liger Kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,11 +32,87 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [V]
 
 
-class _Soft(NamedTuple):
-    """The teacher's part in the targets: its probabilities, a block of words at a time."""
+class LogSum(NamedTuple):
+    """The log of the sum of exponentials of each column of logits [V, K], in two parts.
 
-    block: Callable[[slice], Tensor]  # -> [words, K]
+    Added up they would round away digits of small differences.
+    """
+
+    top: Tensor  # [K], the maxima
+    log_total: Tensor  # [K], the logs of the sums below these
+
+
+class SoftBlock(NamedTuple):
+    """Probabilities of a teacher for a block of words, or logits with what makes them such."""
+
+    values: Tensor  # [words, K]
+    sums: LogSum | None
+
+
+class Shares(NamedTuple):
+    """The slope by a logit: mass * softmax - even - alpha * soft, - hard at the label."""
+
+    mass: Tensor  # [K]
+    hard: float
+    even: float
+    alpha: float
+
+
+class Softmax(NamedTuple):
+    """What is done to a block of logits [words, K] between the matrix products.
+
+    `add_block` adds the bias in place and takes the block into the running maxima and sums of
+    exponentials below them. `slopes` gives the slopes, and the part of the loss that the labels
+    (counted from the first word of the block) do not make.
+    """
+
+    add_block: Callable[[Tensor, Tensor | None, Tensor, Tensor], None]
+    slopes: Callable[[Tensor, LogSum, Tensor, Shares, SoftBlock | None], tuple[Tensor, Tensor]]
+
+
+class _Soft(NamedTuple):
+    """The teacher's part in the targets."""
+
+    block: Callable[[slice], SoftBlock]
     mass: Tensor  # [K], the sums of the probabilities: 1 as a rule
+
+
+def _add_block(logits: Tensor, bias: Tensor | None, top: Tensor, total: Tensor) -> None:
+    if bias is not None:
+        logits += bias.unsqueeze(1)
+    before = top.clone()
+    torch.maximum(before, logits.amax(dim=0), out=top)
+    total.mul_((before - top).exp_()).add_((logits - top).exp_().sum(dim=0))
+
+
+def _log_p(logits: Tensor, sums: LogSum) -> Tensor:
+    return (logits - sums.top).sub_(sums.log_total)
+
+
+def _slopes(
+    logits: Tensor, sums: LogSum, labels: Tensor, shares: Shares, soft: SoftBlock | None
+) -> tuple[Tensor, Tensor]:
+    log_p = _log_p(logits, sums)
+    loss = log_p.new_zeros(())
+    if shares.even > 0:
+        loss -= shares.even * log_p.sum()
+    chosen = None
+    if soft is not None:
+        chosen = soft.values if soft.sums is None else _log_p(soft.values, soft.sums).exp_()
+        chosen = shares.alpha * chosen
+        loss -= (chosen * log_p).sum()
+    slopes = log_p.exp_().mul_(shares.mass)
+    if shares.even > 0:
+        slopes -= shares.even
+    if chosen is not None:
+        slopes -= chosen
+    inside = (labels >= 0) & (labels < slopes.shape[0])
+    hard = (inside.to(slopes.dtype) * -shares.hard).unsqueeze(0)
+    slopes.scatter_add_(0, labels.clamp(0, slopes.shape[0] - 1).unsqueeze(0), hard)
+    return slopes, loss
+
+
+PLAIN_SOFTMAX = Softmax(_add_block, _slopes)
 
 
 def serves(student: Head, targets: Targets) -> bool:
@@ -46,7 +123,7 @@ def serves(student: Head, targets: Targets) -> bool:
 
 
 def summed_loss(
-    student: Head, targets: Targets, rows: Tensor, scale: float, plain: Plain
+    student: Head, targets: Targets, rows: Tensor, scale: float, softmax: Softmax, plain: Plain
 ) -> Tensor:
     """`scale` times the sum of the losses of `rows` [K > 0], all labelled.
 
@@ -54,7 +131,7 @@ def summed_loss(
     """
     recorded = torch.is_grad_enabled()
     wanted = [recorded and x is not None and x.requires_grad for x in student]
-    loss: Tensor = _SummedLoss.apply(*student, targets, rows, scale, wanted, plain)
+    loss: Tensor = _SummedLoss.apply(*student, targets, rows, scale, wanted, softmax, plain)
     return loss
 
 
@@ -69,12 +146,13 @@ class _SummedLoss(torch.autograd.Function):
         rows: Tensor,
         scale: float,
         wanted: list[bool],
+        softmax: Softmax,
         plain: Plain,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.rows, ctx.plain = rows, plain
         student = Head(hidden.index_select(0, rows), weight, bias)
-        loss, ctx.gradients = _loss_and_gradients(student, targets, rows, scale, wanted)
+        loss, ctx.gradients = _loss_and_gradients(student, targets, rows, scale, wanted, softmax)
         return loss
 
     @staticmethod
@@ -82,14 +160,14 @@ class _SummedLoss(torch.autograd.Function):
         student = Head(*ctx.saved_tensors)
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None or torch.is_grad_enabled():
-            return (*_plain_gradients(ctx, student, slope), *[None] * 5)
+            return (*_plain_gradients(ctx, student, slope), *[None] * 6)
         for gradient in gradients:
             if gradient is not None and slope != 1:
                 gradient.mul_(slope)
         of_hidden = gradients.hidden
         if of_hidden is not None:
             of_hidden = torch.zeros_like(student.hidden).index_copy_(0, ctx.rows, of_hidden)
-        return (of_hidden, gradients.weight, gradients.bias, *[None] * 5)
+        return (of_hidden, gradients.weight, gradients.bias, *[None] * 6)
 
 
 def _plain_gradients(ctx: Any, student: Head, slope: Tensor) -> list[Tensor | None]:
@@ -104,7 +182,12 @@ def _plain_gradients(ctx: Any, student: Head, slope: Tensor) -> list[Tensor | No
 
 
 def _loss_and_gradients(
-    student: Head, targets: Targets, rows: Tensor, scale: float, wanted: list[bool]
+    student: Head,
+    targets: Targets,
+    rows: Tensor,
+    scale: float,
+    wanted: list[bool],
+    softmax: Softmax,
 ) -> tuple[Tensor, Gradients]:
     """`student` has the hidden states of `rows` only; `targets` those of all rows."""
     hidden, weight, _ = student
@@ -120,7 +203,7 @@ def _loss_and_gradients(
         if gradients.hidden is not None:
             mine = gradients._replace(hidden=gradients.hidden[part])
         head = student._replace(hidden=hidden[part])
-        loss += _add_part(head, targets, rows[part], scale, room, mine, part.start > 0)
+        loss += _add_part(head, targets, rows[part], scale, softmax, room, mine, part.start > 0)
     return loss, gradients
 
 
@@ -134,10 +217,12 @@ def _rooms(
         done = min(rows, width // heads)
         size = vocabulary * heads * done
         yield slice(0, done), of_weight.view(-1)[-size:].view(vocabulary, heads * done)
-    most = min(rows - done, max(1, SPARE_LOGITS // (vocabulary * heads)))
-    spare = hidden.new_empty(vocabulary * heads * most)
+    most = max(1, SPARE_LOGITS // (vocabulary * heads))
+    parts = math.ceil((rows - done) / most)
+    size = math.ceil((rows - done) / max(parts, 1))
+    spare = hidden.new_empty(vocabulary * heads * size)
     while done < rows:
-        part = slice(done, min(done + most, rows))
+        part = slice(done, min(done + size, rows))
         columns = heads * (part.stop - part.start)
         yield part, spare[: vocabulary * columns].view(vocabulary, columns)
         done = part.stop
@@ -148,6 +233,7 @@ def _add_part(
     targets: Targets,
     rows: Tensor,
     scale: float,
+    softmax: Softmax,
     room: Tensor,
     gradients: Gradients,
     onto: bool,
@@ -156,31 +242,24 @@ def _add_part(
     count, vocabulary = rows.shape[0], room.shape[0]
     blocks = _blocks(vocabulary, count)
     logits = room[:, :count]
-    top, log_total = _project(student, logits, blocks)
-    soft = _soft(targets, rows, room[:, count:], blocks)
+    sums = _project(student, logits, blocks, softmax)
+    soft = _soft(targets, rows, room[:, count:], blocks, softmax)
     alpha = 0.0 if soft is None else float(targets.alpha)
     labelled, alpha = scale * (1 - alpha), scale * alpha
     hard = labelled * (1 - targets.label_smoothing)
     even = labelled * targets.label_smoothing / vocabulary
-    mass = labelled if soft is None else labelled + alpha * soft.mass
+    mass = torch.full_like(sums.top, labelled)
+    if soft is not None:
+        mass += alpha * soft.mass
+    shares = Shares(mass, hard, even, alpha)
     labels = targets.labels.index_select(0, rows)
     picked = logits.gather(0, labels.unsqueeze(0)).squeeze(0)
-    loss = hard * (log_total - (picked - top)).sum()
+    loss = hard * (sums.log_total - (picked - sums.top)).sum()
     for words in blocks:
-        log_p = (logits[words] - top).sub_(log_total)
-        if even > 0:
-            loss -= even * log_p.sum()
-        chosen = None if soft is None else alpha * soft.block(words)
-        if chosen is not None:
-            loss -= (chosen * log_p).sum()
-        if any(gradient is not None for gradient in gradients):
-            slope = log_p.exp_().mul_(mass)
-            if even > 0:
-                slope -= even
-            if chosen is not None:
-                slope -= chosen
-            _subtract_labels(slope, labels - words.start, hard)
-            _add_gradients(slope, student, words, gradients, onto)
+        chosen = None if soft is None else soft.block(words)
+        slopes, part = softmax.slopes(logits[words], sums, labels - words.start, shares, chosen)
+        loss += part
+        _add_gradients(slopes, student, words, gradients, onto)
     return loss
 
 
@@ -189,53 +268,44 @@ def _blocks(vocabulary: int, rows: int) -> list[slice]:
     return [slice(v, min(v + size, vocabulary)) for v in range(0, vocabulary, size)]
 
 
-def _project(head: Head, logits: Tensor, blocks: list[slice]) -> tuple[Tensor, Tensor]:
-    """Writes the logits [V, K] of the head; their maxima, and the logs of the sums below these.
-
-    The two are kept apart: their sum would round away digits of small differences.
-    """
-    tops, totals = [], []
+def _project(head: Head, logits: Tensor, blocks: list[slice], softmax: Softmax) -> LogSum:
+    """Writes the logits [V, K] of the head."""
+    # A word may have no chance at all, a logit of -inf, and so may all of a block.
+    top = torch.full_like(logits[0], torch.finfo(logits.dtype).min)
+    total = torch.zeros_like(top)
     for words in blocks:
         torch.mm(head.weight[words], head.hidden.t(), out=logits[words])
-        if head.bias is not None:
-            logits[words] += head.bias[words].unsqueeze(1)
-        # A word may have no chance at all, a logit of -inf, and so may all of a block.
-        tops.append(logits[words].amax(dim=0).clamp_(min=torch.finfo(logits.dtype).min))
-        totals.append((logits[words] - tops[-1]).exp_().sum(dim=0))
-    top = torch.stack(tops).amax(dim=0)
-    kept = (torch.stack(tops) - top).exp_()
-    return top, (torch.stack(totals) * kept).sum(dim=0).log_()
+        softmax.add_block(
+            logits[words], None if head.bias is None else head.bias[words], top, total
+        )
+    return LogSum(top, total.log_())
 
 
-def _soft(targets: Targets, rows: Tensor, room: Tensor, blocks: list[slice]) -> _Soft | None:
+def _soft(
+    targets: Targets, rows: Tensor, room: Tensor, blocks: list[slice], softmax: Softmax
+) -> _Soft | None:
     if targets.teacher is not None:
         hidden, weight, bias = targets.teacher
-        top, log_total = _project(Head(hidden.index_select(0, rows), weight, bias), room, blocks)
-        return _Soft(lambda words: (room[words] - top).sub_(log_total).exp_(), torch.ones_like(top))
+        sums = _project(Head(hidden.index_select(0, rows), weight, bias), room, blocks, softmax)
+        return _Soft(lambda words: SoftBlock(room[words], sums), torch.ones_like(sums.top))
     soft = targets.soft
     if soft is None:
         return None
 
-    def block(words: slice) -> Tensor:
-        return soft[:, words].index_select(0, rows).t().to(room.dtype)
+    def block(words: slice) -> SoftBlock:
+        return SoftBlock(soft[:, words].index_select(0, rows).t().to(room.dtype), None)
 
-    return _Soft(block, torch.stack([block(words).sum(dim=0) for words in blocks]).sum(dim=0))
-
-
-def _subtract_labels(slope: Tensor, labels: Tensor, share: float) -> None:
-    """slope [words, K] -= share where the label, counted from the first word, is."""
-    inside = (labels >= 0) & (labels < slope.shape[0])
-    shares = inside.to(slope.dtype) * -share
-    slope.scatter_add_(0, labels.clamp(0, slope.shape[0] - 1).unsqueeze(0), shares.unsqueeze(0))
+    masses = [block(words).values.sum(dim=0) for words in blocks]
+    return _Soft(block, torch.stack(masses).sum(dim=0))
 
 
 def _add_gradients(
-    slope: Tensor, student: Head, words: slice, gradients: Gradients, onto: bool
+    slopes: Tensor, student: Head, words: slice, gradients: Gradients, onto: bool
 ) -> None:
-    """From the slope [words, K] of the loss by the logits of a block of words."""
+    """From the slopes [words, K] of the loss by the logits of a block of words."""
     if gradients.hidden is not None:
-        gradients.hidden.addmm_(slope.t(), student.weight[words])
+        gradients.hidden.addmm_(slopes.t(), student.weight[words])
     if gradients.weight is not None:
-        gradients.weight[words].addmm_(slope, student.hidden, beta=int(onto))
+        gradients.weight[words].addmm_(slopes, student.hidden, beta=int(onto))
     if gradients.bias is not None:
-        gradients.bias[words] += slope.sum(dim=1)
+        gradients.bias[words] += slopes.sum(dim=1)

@@ -21,6 +21,14 @@ SCHEMAS = {
     "linear_cross_entropy_stream_backward": (
         f"({_CALL}, Tensor sums, Tensor slopes, bool[] wanted) -> Tensor[]"
     ),
+    "linear_cross_entropy_add_block": (
+        "(Tensor(a!) logits, Tensor? bias, Tensor(b!) top, Tensor(c!) total) -> ()"
+    ),
+    "linear_cross_entropy_slopes": (
+        "(Tensor logits, Tensor top, Tensor log_total, Tensor labels, Tensor mass, float hard,"
+        " float even, float alpha, Tensor? soft, Tensor? soft_top, Tensor? soft_log_total)"
+        " -> (Tensor slopes, Tensor loss)"
+    ),
 }
 
 
@@ -52,8 +60,18 @@ def _fake_stream_backward(
     return _fake_gradients(hidden, weight, bias, rest[-1])
 
 
+def _fake_add_block(*call: Tensor | None) -> None:
+    """It writes what it is given."""
+
+
+def _fake_slopes(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), logits.new_empty(())
+
+
 FAKES = {
     "linear_cross_entropy_rows": _fake_rows,
     "linear_cross_entropy_stream": _fake_stream,
     "linear_cross_entropy_stream_backward": _fake_stream_backward,
+    "linear_cross_entropy_add_block": _fake_add_block,
+    "linear_cross_entropy_slopes": _fake_slopes,
 }

@@ -91,7 +91,7 @@ def _refuses_patch_loss(pred: Tensor, target: Tensor, loss: PatchLoss) -> str | 
     return _refuses_type(pred) or _refuses_type(target)
 
 
-def _refuses_linear_cross_entropy(student: Head, targets: Targets) -> str | None:
+def _refuses_linear_cross_entropy(student: Head, targets: Targets, reduction: str) -> str | None:
     heads = [*student, *(targets.teacher or ())]
     reasons = [_refuses_products(tensor) for tensor in heads if tensor is not None]
     return next((reason for reason in reasons if reason is not None), None)
