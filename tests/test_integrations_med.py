@@ -1,6 +1,6 @@
 """What serves ALBEF on the encoders of its children: SIMLA, BLIP, GRIT-VLP and FashionSAP.
 
-These need the hosts; the same functions are tested on stand-ins in the tests of ALBEF.
+Most need the hosts; the same functions are tested on stand-ins in the tests of ALBEF.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import syncmask_kernels as smk
 from syncmask_kernels.integrations.bert_attention import capture_attention
+from syncmask_kernels.integrations.masked_image import masked_image
 from syncmask_kernels.integrations.mlm import masked_lm_loss
 from tests.accuracy import assert_as_accurate
 from tests.hosts import children
@@ -172,6 +173,9 @@ def test_blips_captioning_loss_skips_padding(tmp_path) -> None:
         model.cls.predictions, hidden[:, :-1], labels[:, 1:], label_smoothing=SMOOTHING
     )
     torch.testing.assert_close(loss_and_grads(loss, model), own, rtol=1e-9, atol=1e-12)
+    causal = model.bert.encoder.layer[0].attention.self
+    with capture_attention([causal]), pytest.raises(ValueError, match="mask keys alone"):
+        blip.call(model.bert, is_decoder=True)
 
 
 def test_patches_that_text_relates_to_go_into_simlas_image_mask(tmp_path) -> None:
@@ -191,3 +195,49 @@ def test_patches_that_text_relates_to_go_into_simlas_image_mask(tmp_path) -> Non
     hidden = F.interpolate(chosen.patch_mask.view(PAIRS, 1, 2, 2).float(), scale_factor=16)
     assert torch.equal(images(pixels + hidden, chosen.patch_mask), masked)
     assert not torch.equal(images(pixels + 1 - hidden, chosen.patch_mask), masked)
+
+
+def test_masking_from_outside_is_what_simla_does_itself() -> None:
+    torch.manual_seed(0)
+    encoder = children.real_masked_images(SIZE)
+    encoder.mask_token.data.normal_()
+    pixels, mask = torch.randn(PAIRS, 3, SIZE.image, SIZE.image), torch.rand(PAIRS, 4) < 0.5
+    own = loss_and_grads(encoder(pixels, mask).square().mean(), encoder)
+    with masked_image(encoder, mask, encoder.mask_token[0, 0]):
+        loss = encoder(pixels).square().mean()
+    torch.testing.assert_close(loss_and_grads(loss, encoder), own)
+    assert not torch.allclose(encoder(pixels), encoder(pixels, mask))
+
+
+class PatchedImages(nn.Module):
+    """A ViT as far as its first layers go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Linear(5, 3)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return 2 * self.patch_embed(patches)
+
+
+def test_masked_patches_are_the_token_and_its_gradient_their_sum() -> None:
+    encoder, token = PatchedImages(), torch.randn(3, requires_grad=True)
+    patches, mask = torch.randn(2, 4, 5), torch.rand(2, 4) < 0.5
+    plain = encoder(patches)
+    with masked_image(encoder, mask, token):
+        masked = encoder(patches)
+    assert torch.equal(masked, torch.where(mask.unsqueeze(2), 2 * token, plain))
+    masked.sum().backward()
+    assert torch.equal(token.grad, torch.full((3,), 2.0 * int(mask.sum())))
+    assert torch.equal(encoder(patches), plain)
+
+
+def test_an_encoder_without_patches_is_refused() -> None:
+    nothing = masked_image(nn.Linear(1, 1), torch.ones(1, 1, dtype=torch.bool), torch.zeros(1))
+    with pytest.raises(TypeError, match="a module patch_embed, got Linear"), nothing:
+        pass
+    encoder, three = PatchedImages(), torch.ones(2, 3, dtype=torch.bool)
+    masked = masked_image(encoder, three, torch.zeros(3))
+    with masked, pytest.raises(ValueError, match="patch_mask must be"):
+        encoder(torch.randn(2, 4, 5))
+    assert not encoder.patch_embed._forward_hooks
