@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast
 from reference.batch import derived_seed, make_batch
 from reference.checkpoint import checkpoints, load_model
 from reference.config import PretrainConfig
-from reference.data import PairDataset, Truth
+from reference.data import PairDataset, Truth, kind_of
 from reference.downstream.config import DownstreamConfig
 from reference.downstream.features import Encodings
 from reference.downstream.retrieval import full
@@ -171,7 +171,7 @@ def evaluate_run(run: Path, options: DownstreamConfig) -> Evaluation:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config, tokenizer = load_model(saved[-1], options.weights, device)
     data = config.load_data(tokenizer)
-    found, shown = run_tasks(Encodings(model, data), options.layout(config.data), options)
+    found, shown = run_tasks(Encodings(model, data), options.layout(kind_of(config.data)), options)
     if "retrieval" in options.task:
         found.update(evaluate(model, data.val, tokenizer, config)[0])
     if options.weights == "teacher":

@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
         report = pretrain(config)
-    except (CheckpointError, FileExistsError, FileNotFoundError, TooManyBroken) as error:
+    except (CheckpointError, OSError, TooManyBroken) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"report: {report}")
 

@@ -644,6 +644,9 @@ def test_broken_samples_of_shards(tmp_path):
 def test_unusable_shards(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither train-\*\.tar nor train\.shards"):
         shards_of(tmp_path, "train")
+    problems = []
+    assert not list(read_samples(["pipe:exit 3"], problems))
+    assert "exit 3" in problems[-1]
     (tmp_path / "train.shards").write_text(str(tmp_path / "lost.tar"))
     with pytest.raises(ValueError, match=r"1 shards hold no pair: .*lost\.tar: .*No such file"):
         next(stream_of(tmp_path))

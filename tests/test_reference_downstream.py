@@ -345,7 +345,8 @@ def test_the_drawn_catalogue_has_all_records(
 
 def test_layouts_and_options() -> None:
     assert DownstreamConfig().layout("catalogue") == CATALOGUE
-    given = DownstreamConfig(changed=["gender"], subcategory="category").layout("some/folder")
+    assert DownstreamConfig().layout("fashiongen").subcategory == "subcategory"
+    given = DownstreamConfig(changed=["gender"], subcategory="category").layout("photos")
     assert given == PHOTOS._replace(changed=["gender"], subcategory="category")
     with pytest.raises(ValueError, match=r"task must be among .*, got captioning"):
         DownstreamConfig(task=["captioning"])

@@ -26,7 +26,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import webdataset
@@ -77,26 +77,27 @@ def shards_of(folder: str | Path, split: str) -> list[str]:
 def read_samples(shards: Iterable[str], problems: list[str]) -> Iterator[Sample]:
     """The usable samples of shards, in their order; what is not usable goes to `problems`."""
     for shard in shards:
-
-        def name_problem(error: Exception, shard: str = shard) -> bool:
-            problems.append(f"{shard}: {type(error).__name__}: {error.args[0]}")
-            return True
-
         try:
-            stream = gopen(shard)
-        except OSError as error:
+            with gopen(shard) as stream:
+                yield from _read_shard(shard, stream, problems)
+        except OSError as error:  # a file that is not there, or a command that failed as it ended
             problems.append(f"{shard}: {error}")
-            continue
-        with stream:
-            opened = [{"url": shard, "stream": stream}]
-            files = tar_file_expander(opened, handler=name_problem)
-            for found in group_by_keys(files, handler=name_problem):
-                name = f"{shard.rpartition('/')[2]}:{found['__key__']}"
-                sample = _sample(name, found)
-                if isinstance(sample, str):
-                    problems.append(f"{name}: {sample}")
-                else:
-                    yield sample
+
+
+def _read_shard(shard: str, stream: IO[bytes], problems: list[str]) -> Iterator[Sample]:
+    def name_problem(error: Exception) -> bool:
+        problems.append(f"{shard}: {type(error).__name__}: {error.args[0]}")
+        return True
+
+    opened = [{"url": shard, "stream": stream}]
+    files = tar_file_expander(opened, handler=name_problem)
+    for found in group_by_keys(files, handler=name_problem):
+        name = f"{shard.rpartition('/')[2]}:{found['__key__']}"
+        sample = _sample(name, found)
+        if isinstance(sample, str):
+            problems.append(f"{name}: {sample}")
+        else:
+            yield sample
 
 
 def _sample(name: str, files: dict[str, Any]) -> Sample | str:

@@ -30,6 +30,10 @@ PHOTOS = Layout(
 )
 """Of the photos: category and subcategory, and "the same in red". Season and usage are ignored: an
 image does not show them."""
+FASHIONGEN = Layout(
+    ("category", "subcategory"), "subcategory", ("colour",), ("gender", "subcategory")
+)
+"""Of FashionGen, which names no colours apart from its texts: no query can be built of them."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -74,8 +78,8 @@ class DownstreamConfig:
         if self.head_steps < 0:
             raise ValueError(f"head_steps must be at least 0, got {self.head_steps}")
 
-    def layout(self, data: str) -> Layout:
-        """The keys to read: what is given here, else those of the kind of data."""
-        known = CATALOGUE if data == "catalogue" else PHOTOS
+    def layout(self, kind: str) -> Layout:
+        """The keys to read: what is given here, else those of the kind of data (`kind_of`)."""
+        known = {"catalogue": CATALOGUE, "fashiongen": FASHIONGEN}.get(kind, PHOTOS)
         given = {name: getattr(self, name) for name in Layout._fields}
         return known._replace(**{name: keys for name, keys in given.items() if keys is not None})
