@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncmask_kernels import backends
 from syncmask_kernels.backends import cpu
-from syncmask_kernels.backends.eager.losses_known_rows import (
+from syncmask_kernels.backends.eager.losses_softmax import (
     PLAIN_SOFTMAX,
     LogSum,
     Shares,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from syncmask_kernels.backends import overloads
 from syncmask_kernels.backends.eager import losses, losses_known_rows
-from syncmask_kernels.backends.eager.losses_known_rows import LogSum, Shares, SoftBlock, Softmax
+from syncmask_kernels.backends.eager.losses_softmax import LogSum, Shares, SoftBlock, Softmax
 from syncmask_kernels.backends.loss_request import Head, Targets
 
 _add_block = overloads.define("linear_cross_entropy_add_block", "cpu")

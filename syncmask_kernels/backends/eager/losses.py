@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from syncmask_kernels.backends.eager import losses_known_rows
-from syncmask_kernels.backends.eager.losses_known_rows import PLAIN_SOFTMAX, Softmax
+from syncmask_kernels.backends.eager.losses_softmax import PLAIN_SOFTMAX, Softmax
 from syncmask_kernels.backends.eager.selection import ids_of
 from syncmask_kernels.backends.loss_request import Head, Targets
 
