@@ -73,24 +73,25 @@ def assert_maps(got: dict[int, Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(found, wanted[layer], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["cross_attentions", "attentions"])
-def test_maps_are_the_head_means_of_eager_attentions(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "skip_keys"), [("cross_attentions", 1), ("attentions", 0)])
+def test_maps_are_the_head_means_of_eager_attentions(kind: str, skip_keys: int) -> None:
     model = bert().bert.eval()
     with torch.no_grad():
         hidden = eager_attentions(model, **inputs())
         model.set_attn_implementation("syncmask")
-        with collect_maps(model, [0, 2], kind=kind) as maps:
+        with collect_maps(model, [0, 2], kind=kind, skip_keys=skip_keys) as maps:
             output = model(**inputs())
     assert sorted(maps) == [0, 2]
-    assert_maps(maps, head_means(hidden[kind]))
+    assert_maps(maps, head_means(hidden[kind], skip_keys))
     words = inputs()["attention_mask"].bool()
     torch.testing.assert_close(
         output.last_hidden_state[words], hidden.last_hidden_state[words], rtol=1e-4, atol=1e-5
     )
 
 
+@pytest.mark.parametrize("graded", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_maps_are_those_before_dropout(dtype: torch.dtype) -> None:
+def test_maps_are_those_before_dropout(dtype: torch.dtype, graded: bool) -> None:
     model = bert(attention_probs_dropout_prob=0.5).bert.to(dtype).train()
     model.set_attn_implementation("syncmask")
     attention = model.encoder.layer[1].crossattention.self
@@ -101,7 +102,7 @@ def test_maps_are_those_before_dropout(dtype: torch.dtype) -> None:
         )
     given = inputs() | {"encoder_hidden_states": inputs()["encoder_hidden_states"].to(dtype)}
     torch.manual_seed(1)
-    with collect_maps(model, [1]) as maps:
+    with torch.set_grad_enabled(graded), collect_maps(model, [1]) as maps:
         output = model(**given).last_hidden_state
     assert maps[1].dtype == torch.float32
     valid = given["encoder_attention_mask"].bool()
@@ -130,9 +131,11 @@ def test_gradients_flow_through_maps() -> None:
     expected, query.grad = query.grad, None
     model.set_attn_implementation("syncmask")
     with collect_maps(model, [1]) as maps:
-        model(**inputs())
+        output = model(**inputs()).last_hidden_state
     (maps[1] * weight).sum().backward()
     torch.testing.assert_close(query.grad, expected, rtol=1e-4, atol=1e-6)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(output, model(**inputs()).last_hidden_state)
 
 
 def test_of_a_vit_the_cls_row_alone() -> None:
@@ -329,6 +332,14 @@ def test_masked_lm_loss_distils() -> None:
     assert_as_accurate(found, plain(torch.float32), plain(torch.float64), factor=2)
 
 
+def test_masked_lm_loss_smooths_labels() -> None:
+    model, _, hidden, _, labels = heads_and_labels(0.3)
+    found = masked_lm_loss(model.cls.predictions, hidden, labels, label_smoothing=0.1)
+    logits = model.cls(hidden)[labels != -100]
+    wanted = F.cross_entropy(logits, labels[labels != -100], label_smoothing=0.1)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
 def test_masked_lm_loss_at_its_limits() -> None:
     model, _, hidden, _, labels = heads_and_labels(0.3)
     head = model.cls.predictions
@@ -434,7 +445,10 @@ def test_captured_inputs_choose_by_every_rule() -> None:
     with torch.no_grad():
         with capture_attention(teacher, [0, 2]) as captured:
             teacher(**given)
+        with collect_maps(teacher, [0, 2]) as maps:
+            teacher(**given)
         attn = eager_attentions(teacher, **given).cross_attentions
+    assert_maps(maps, head_means(attn))
     wanted = (head_means(attn)[0] + head_means(attn)[2]) / 2
     torch.testing.assert_close(captured.map(), wanted, rtol=1e-5, atol=1e-6)
     valid = smk.token_valid(given["input_ids"], [0, CLS, SEP])
