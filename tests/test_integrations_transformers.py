@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -209,6 +210,30 @@ def test_refuses_masks_that_are_more_than_padding(
     ):
         model(**given)
     assert not any("syncmask" in name for m in model.modules() for name in vars(m))
+
+
+def test_where_the_host_cannot_look_such_a_map_is_nan() -> None:
+    """As on a GPU: the output stays right."""
+    model = bert().bert.eval()
+    given = inputs()
+    with (
+        torch.no_grad(),
+        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
+    ):
+        model.set_attn_implementation("syncmask")
+        with collect_maps(model, [1], kind="attentions") as padded:
+            model(**given)
+        triangle(given)
+        with (
+            collect_maps(model, [1], kind="attentions") as maps,
+            capture_attention(model, [2], kind="attentions") as captured,
+        ):
+            output = model(**given).last_hidden_state
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(output, model(**given).last_hidden_state)
+    assert padded[1].isfinite().all()
+    assert maps[1].isnan().all()
+    assert captured.map().isnan().all()
 
 
 def test_a_causal_row_is_no_matter_where_it_is_alone() -> None:

@@ -28,7 +28,7 @@ __all__ = ["IMPLEMENTATION", "Captured", "capture_attention", "collect_maps", "m
 
 IMPLEMENTATION = "syncmask"
 KINDS = ("cross_attentions", "attentions")
-EXCLUDED = -1e4  # the largest additive mask in use: that of BERT before transformers 4.20
+EXCLUDED = -1e4  # what additive masks of padding are at most: ALBEF's and the first BERT's
 REFUSED = ("position_bias", "softcap", "s_aux")
 
 
@@ -57,9 +57,8 @@ REQUEST = "_syncmask_request"
 def _key_valid(
     module: nn.Module, mask: Tensor | None, queries: slice, batch: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Mask [B, 1, T or 1, S], bool or additive -> key_valid [B, S], and 1, NaN where it says more.
-
-    The host looks at the latter where it does not have to wait.
+    """Mask [B, 1, T or 1, S], bool or additive -> key_valid [B, S], and the factor of maps:
+    1, NaN where the mask says more than padding, None where the host has seen that it does not.
     """
     if mask is None:
         return None, None
@@ -74,12 +73,15 @@ def _key_valid(
     only_padding = (valid[:, 0] == keys.unsqueeze(1)).all()
     if mask.dtype != torch.bool:
         only_padding &= (valid | (mask <= EXCLUDED)).all()
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not only_padding:
+    keys = keys.expand(batch, -1)
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return keys, torch.where(only_padding, 1.0, float("nan"))
+    if not only_padding:
         raise ValueError(
             f"attention_mask of {type(module).__name__} must tell padding alone, got one that is "
             "causal, differs between queries, or is a bias"
         )
-    return keys.expand(batch, -1), torch.where(only_padding, 1.0, float("nan"))
+    return keys, None
 
 
 def _refuse(module: nn.Module, query: Tensor, mask: Tensor | None, options: dict[str, Any]) -> None:
@@ -120,7 +122,8 @@ def _attend(
         _keep(request.tap, queries, key, value, valid, factor, scaling)
         return served()
     given: dict[str, Any] = {"key_valid": valid, "scale": scaling, "skip_keys": request.skip_keys}
-    if dropout == 0 and queries.shape == query.shape and not wants_grad(query, key, value):
+    whole = factor is None and queries.shape == query.shape
+    if whole and dropout == 0 and not wants_grad(query, key, value):
         output, found = attention_with_map(query, key, value, **given)
         result = output.transpose(1, 2).contiguous(), None
     else:
@@ -220,8 +223,9 @@ def collect_maps(
 
     The probabilities ``[B, H, T, S]`` never exist in memory (on the backends with a kernel for it).
     Maps are those before dropout. Under `torch.no_grad` and without dropout, as for a teacher in
-    evaluation mode, output and map come from one pass (`attention_with_map`); else SDPA gives the
-    output and `attention_map` the map, through which gradients flow where they are enabled.
+    evaluation mode, output and map come from one pass (`attention_with_map`) where there is no mask
+    or the host has seen that it tells padding alone; else SDPA gives the output and `attention_map`
+    the map, through which gradients flow where they are enabled.
 
     Args:
         model: a model of `transformers` with ``model.set_attn_implementation("syncmask")``. Of a
@@ -242,8 +246,8 @@ def collect_maps(
     Raises:
         ValueError: there is no such layer or kind, another attention implementation is set, or the
             layer is asked already; from the forward pass, where a mask is more than padding
-            (causal, different from query to query, a bias): a GPU, which is not waited for, makes
-            such a map NaN.
+            (causal, different from query to query, a bias): on a GPU, which is not waited for, and
+            in compiled code such a map is NaN, and the output SDPA's.
 
     Nothing of the model is changed; it is as before when the block ends.
 
