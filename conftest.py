@@ -50,5 +50,5 @@ pytest_collect_file = Sybil(
         CodeBlockParser(language="bash", evaluator=run_shell),
         SkipParser(),
     ],
-    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
+    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md", "docs/integrations/*.md"],
 ).pytest()
