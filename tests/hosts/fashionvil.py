@@ -37,7 +37,7 @@ class SelfAttention(nn.Module):
 class Layer(nn.Module):
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.attention = nn.Module()
+        self.attention: Any = nn.Module()
         self.attention.self = SelfAttention(dropout)
         self.intermediate, self.output = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
@@ -57,7 +57,7 @@ class Base(nn.Module):
         self.words, self.segments = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(2, WIDTH)
         self.projection, self.kinds = nn.Linear(FEATURES, WIDTH), nn.Embedding(2, WIDTH)
         self.word_places, self.patch_places = nn.Embedding(64, WIDTH), nn.Embedding(64, WIDTH)
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()
         self.encoder.layer = nn.ModuleList(Layer(dropout) for _ in range(layers))
         self.pooler = nn.Linear(WIDTH, WIDTH)
 
@@ -119,7 +119,7 @@ class FashionViL(nn.Module):
         super().__init__()
         self.double_view = double_view
         self.bert = Base(layers, dropout)
-        self.contrastive_norm = nn.Module()
+        self.contrastive_norm: Any = nn.Module()
         self.contrastive_norm.norm_s = nn.Parameter(torch.tensor([4.0]))
         self.heads = nn.ModuleDict(
             {

@@ -189,7 +189,8 @@ class ALBEFModelForRetrieval(nn.Module):
     def _train_forward(
         self, image: Tensor, text: Tensor, text_atts: Tensor, idx: Tensor, alpha: float
     ) -> Tensor:
-        sim, base = self.model_with_similarity, self.model_with_similarity.albef_model
+        sim: Any = self.model_with_similarity
+        base = sim.albef_model
         seen, read = base.vision_encoder(image), base.text_encoder(text, text_atts)[0]
         feats = [
             F.normalize(project(x[:, 0]), dim=-1)
