@@ -62,6 +62,7 @@ def test_map_is_that_before_dropout():
             run(module, hidden, seen)
         maps.append(captured.map())
     assert torch.equal(*maps)
+    assert not maps[0].requires_grad
 
 
 def test_layers_are_averaged():
