@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from syncmask_kernels import _checks
 from syncmask_kernels.backends.overloads.negatives import MODES
 from syncmask_kernels.integrations.albef import (
-    IGNORED,
     Encoded,
     HardNegatives,
+    fused_matching_loss,
     hard_negatives,
 )
 from syncmask_kernels.integrations.bert_attention import Captured
@@ -144,17 +144,7 @@ def matching_loss(
         negatives: as `hard_negatives` finds them. What was not found is not counted.
     """
     fuse = model.model_with_similarity.albef_model.multimodal_encoder
-    image, text, (texts, images) = encoded.image, encoded.text, negatives
-    right = fuse(text, text_atts, image)
-    wrong = fuse(
-        torch.cat([text, text.index_select(0, texts.ids)]),
-        torch.cat([text_atts, text_atts.index_select(0, texts.ids)]),
-        torch.cat([image.index_select(0, images.ids), image]),
-    )
-    logits = model.itm_head(torch.cat([right[:, 0], wrong[:, 0]]))
-    missing = torch.where(torch.cat([images.found, texts.found]), 0, IGNORED)
-    labels = torch.cat([missing.new_ones(text.shape[0]), missing])
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+    return fused_matching_loss(fuse, model.itm_head, encoded, text_atts, negatives)
 
 
 def _seeing(tap: Any) -> Any:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,38 @@ def _fused(bert: Any, attention_mask: Tensor, image: Tensor, **given: Any) -> Te
     return hidden
 
 
+def fused_matching_loss(
+    fuse: Callable[[Tensor, Tensor, Tensor], Tensor],
+    itm_head: nn.Module,
+    encoded: Encoded,
+    attention_mask: Tensor,
+    negatives: HardNegatives,
+    right: Tensor | None = None,
+) -> Tensor:
+    """`matching_loss` of any model.
+
+    Args:
+        fuse: of texts ``[N, T, D]``, their attention mask and as many images, to ``[N, T, D]``.
+        itm_head: of the first of these T to two logits.
+        encoded: see `matching_loss`, as for what follows.
+        attention_mask: ``[B, T]``.
+        negatives: as `hard_negatives` finds them.
+        right: ``[B, T, D]``.
+    """
+    image, text, (texts, images) = encoded.image, encoded.text, negatives
+    if right is None:
+        right = fuse(text, attention_mask, image)
+    wrong = fuse(
+        torch.cat([text, text.index_select(0, texts.ids)]),
+        torch.cat([attention_mask, attention_mask.index_select(0, texts.ids)]),
+        torch.cat([image.index_select(0, images.ids), image]),
+    )
+    logits = itm_head(torch.cat([right[:, 0], wrong[:, 0]]))
+    missing = torch.where(torch.cat([images.found, texts.found]), 0, IGNORED)
+    labels = torch.cat([missing.new_ones(text.shape[0]), missing])
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+
+
 def matching_loss(
     model: Any,
     encoded: Encoded,
@@ -171,21 +203,11 @@ def matching_loss(
         right: ``[B, T, D]`` the pairs of the batch, where they are fused already.
     """
     bert = getattr(model.text_encoder, "bert", model.text_encoder)
-    image, text = encoded.image, encoded.text
-    texts, images = negatives
-    if right is None:
-        right = _fused(bert, attention_mask, image, encoder_embeds=text, mode="fusion")
-    wrong = _fused(
-        bert,
-        torch.cat([attention_mask, attention_mask.index_select(0, texts.ids)]),
-        torch.cat([image.index_select(0, images.ids), image]),
-        encoder_embeds=torch.cat([text, text.index_select(0, texts.ids)]),
-        mode="fusion",
-    )
-    logits = model.itm_head(torch.cat([right[:, 0], wrong[:, 0]]))
-    missing = torch.where(torch.cat([images.found, texts.found]), 0, IGNORED)
-    labels = torch.cat([missing.new_ones(text.shape[0]), missing])
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+
+    def fuse(text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        return _fused(bert, mask, image, encoder_embeds=text, mode="fusion")
+
+    return fused_matching_loss(fuse, model.itm_head, encoded, attention_mask, negatives, right)
 
 
 def cross_attention(bert: Any, layers: Sequence[int] | None = None) -> list[nn.Module]:
