@@ -233,7 +233,8 @@ def test_operators_of_the_report_agree(backend: str, name: str) -> None:
         try:
             assert_agrees(OPERATORS[name], backend, "cpu", dtype)
         except smk.BackendError as error:
-            assert "it has no kernel" in str(error)  # noqa: PT017
+            others = dtype != torch.float32 and "by eager only" in str(error)
+            assert others or "it has no kernel" in str(error)  # noqa: PT017
 
 
 def broken(kernel: Kernel) -> Kernel:
