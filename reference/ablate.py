@@ -57,7 +57,8 @@ VARIANTS = {
     "sync": Variant(300, {}),
     "sync, patches only": Variant(300, {"masks": "patches"}),
     "sync, words only": Variant(300, {"masks": "words"}),
-    "sync, words by image_effect": Variant(300, {"word_score": "image_effect"}),
+    "sync, words by image_to_text": Variant(300, {"word_score": "image_to_text"}),
+    "sync, words by image_to_text_cls": Variant(300, {"word_score": "image_to_text_cls"}),
     "sync, no noise": Variant(300, {"mask_noise": 0.0}),
     "sync, young teacher": Variant(100, {}),
     "sync, grown teacher": Variant(600, {}),
@@ -228,9 +229,14 @@ def rule_figures(
 
 
 def _of_words(scores: Tensor, valid: Tensor, truth: Truth, ratio: float) -> dict[str, float]:
-    chosen = smk.topk_mask(scores, ratio=ratio, valid=valid).mask & (truth.word_visible >= 0)
-    visible = (chosen & (truth.word_visible == 1)).sum() / chosen.sum()
-    return {"AUC": word_auc(scores, truth.word_visible), "visible": float(visible)}
+    chosen = smk.topk_mask(scores, ratio=ratio, valid=valid).mask
+    attributes = chosen & (truth.word_visible >= 0)
+    visible = attributes & (truth.word_visible == 1)
+    return {
+        "AUC": word_auc(scores, truth.word_visible),
+        "visible": float(visible.sum() / attributes.sum()),
+        "attributes": float(attributes.sum() / chosen.sum()),
+    }
 
 
 def _of_patches(scores: Tensor, truth: Truth) -> dict[str, float]:

@@ -24,7 +24,7 @@ class MaskConfig:
     )
     word_score: Literal[
         "image_effect", "image_to_text", "image_to_text_cls", "text_softmax", "dual", "max"
-    ] = _option("image_to_text", "Rule that scores a word.")
+    ] = _option("image_effect", "Rule that scores a word.")
     patch_score: Literal["cls_value", "value", "mean", "cls"] = _option(
         "cls_value", "Rule that scores a patch."
     )

@@ -5,13 +5,14 @@ teacher's multi-modal encoder" in descending order and masks the top. What it le
 here, by runs on the drawn catalogue:
 
 - **Words.** A row of the words' attention to patches sums to one whether or not the word can be
-  seen, so attention weights say little about words. A row of the patches' attention to words says
-  which word a patch chose: the default ``image_to_text`` is the most that any patch attends to a
-  word, in the fusion encoder that rebuilds patches (``image_to_text_cls``: what the image's CLS
-  does). ``image_effect`` is how far its image moves a word: one minus the cosine between the
-  teacher's fused word with its image and with the mean image of the batch. (The abstract speaks of
-  "cross-attentional features".) ``text_softmax``, ``dual`` and ``max`` are the operator's rules on
-  the attention of one layer.
+  seen, so attention weights say little about words. The default ``image_effect`` is how far its
+  image moves a word: one minus the cosine between the teacher's fused word with its image and with
+  the mean image of the batch. (The abstract speaks of "cross-attentional features".) A row of the
+  patches' attention to words says which word a patch chose: ``image_to_text`` is the most that any
+  patch attends to a word, in the fusion encoder that rebuilds patches, ``image_to_text_cls`` what
+  the image's CLS does. Of a teacher trained with random masks they find visible words better, but
+  also choose more words that name nothing (docs/study.md). ``text_softmax``, ``dual`` and ``max``
+  are the operator's rules on the attention of one layer.
 - **Patches.** The attention of the text's CLS to each patch, weighted by how far the patch's value
   lies from the mean value (``cls_value``, the default). Attention averaged over words (``mean``, or
   ``value`` with those weights) can rest on the background, and so can, in some runs, that of the

@@ -87,7 +87,9 @@ def test_the_study_goes_on_where_it_stopped(
         *(f"{side}: what rules find after the fact" for side in ("Words", "Patches")),
     }
     words = results["Words: what rules find after the fact"]["image_effect"]
-    assert set(words) == {f"{name} at {age}" for name in ("AUC", "visible") for age in (3, 6)}
+    assert set(words) == {
+        f"{name} at {age}" for name in ("AUC", "visible", "attributes") for age in (3, 6)
+    }
     assert "image_effect" in page.read_text()
     assert (tmp_path / "results.png").stat().st_size > 10_000
     trunk, words = (tmp_path / "catalogue" / n / "0" for n in ("random_masks", "sync-words_only"))
