@@ -304,7 +304,9 @@ def _draw_panel(axes: Axes, name: str, columns: list[str], table: Table) -> None
     axes.tick_params(axis="x", labelsize=7)
     axes.grid(axis="both", color="0.93")
     axes.set_title(name, fontsize=8)
-    if min(axes.get_xlim()) < 0:
+    if any(
+        value < 0 for row in table.values() for column in columns for value in row.get(column, ())
+    ):
         axes.axvline(0, color="#c0392b", linewidth=0.8)
 
 
