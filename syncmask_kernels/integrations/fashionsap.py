@@ -18,13 +18,13 @@ from syncmask_kernels.integrations.albef import (
     TEMPERATURES,
     Encoded,
     HardNegatives,
+    contrast,
     hard_negatives,
     masked_lm_loss,
     matching_loss,
-    update_teacher_,
 )
+from syncmask_kernels.integrations.albef.patching import Enqueue, MomentumUpdate
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install
-from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
 
 _ENCODERS = (
     "visual_encoder",
@@ -70,19 +70,6 @@ def encode(
     return Encoded(seen, read, image_feat, text_feat), symbol
 
 
-def enqueue_keys_(model: Any, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
-    """The body of `_dequeue_and_enqueue`: of all ranks where there are any, any batch size.
-
-    Args:
-        model: with `image_queue`, `text_queue`, `queue_ptr` and `idx_queue` ``[1, Q]``.
-        image_feat: ``[B, E]`` of the momentum model.
-        text_feat: ``[B, E]`` likewise.
-        idx: ids of the products, ``[B]`` or ``[B, 1]``.
-    """
-    enqueue_(model.image_queue, model.queue_ptr.clone(), image_feat)
-    enqueue_(model.text_queue, model.queue_ptr, text_feat, idx.view(-1), model.idx_queue[0])
-
-
 class _Forward(Replacement):
     def __init__(self, model: nn.Module, negatives: str) -> None:
         super().__init__(model)
@@ -113,18 +100,7 @@ class _Forward(Replacement):
         student, symbol = encode(model, image, *text)
         model._momentum_update()
         teacher, _ = encode(model, image, *text, momentum=True)
-        itc, *sims = queue_contrastive_loss(
-            student.image_feat,
-            student.text_feat,
-            teacher.image_feat,
-            teacher.text_feat,
-            model.image_queue,
-            model.text_queue,
-            model.temp,
-            alpha=alpha,
-            item_ids=ids,
-            queue_ids=model.idx_queue[0],
-        )
+        itc, *sims = contrast(model, student, teacher, alpha, item_ids=ids)
         model._dequeue_and_enqueue(teacher.image_feat, teacher.text_feat, idx)
         if negatives is None:
             negatives = hard_negatives(*sims, item_ids=ids, mode=self.negatives)
@@ -143,20 +119,6 @@ class _Forward(Replacement):
             masked_lm_loss(model.decoder_layer.predictions, fused, mask_labels),
             F.cross_entropy(replaced.flatten(0, 1), replace_labels.flatten()),
         )
-
-
-class _MomentumUpdate(Replacement):
-    does = "in place, batched over parameters"
-
-    def __call__(self) -> None:
-        update_teacher_(self.module)
-
-
-class _Enqueue(Replacement):
-    does = "any batch size, with or without a process group"
-
-    def __call__(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
-        enqueue_keys_(self.module, image_feat, text_feat, idx)
 
 
 def patch(model: nn.Module, *, negatives: str = "multinomial") -> Patched:
@@ -195,7 +157,7 @@ def patch(model: nn.Module, *, negatives: str = "multinomial") -> Patched:
         model,
         {
             "forward": _Forward(model, negatives),
-            "_momentum_update": _MomentumUpdate(model),
-            "_dequeue_and_enqueue": _Enqueue(model),
+            "_momentum_update": MomentumUpdate(model),
+            "_dequeue_and_enqueue": Enqueue(model),
         },
     )

@@ -23,13 +23,14 @@ from syncmask_kernels.backends.overloads.negatives import MODES
 from syncmask_kernels.integrations.albef import (
     Encoded,
     HardNegatives,
+    contrast,
+    enqueue_keys_,
     fused_matching_loss,
     hard_negatives,
 )
 from syncmask_kernels.integrations.bert_attention import Captured
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 from syncmask_kernels.momentum import ema_update_
-from syncmask_kernels.queue_losses import enqueue_, queue_contrastive_loss
 
 __all__ = [
     "Encoded",
@@ -89,47 +90,6 @@ def update_teacher_(model: Any) -> None:
         for suffix in ("", "_m")
     )
     ema_update_(teachers, students, model.albef_model.momentum)
-
-
-def contrast(
-    model: Any, student: Encoded, teacher: Encoded, item_ids: Tensor, alpha: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ITC with the queues of `model` as they lie -> the loss, and both in-batch similarities.
-
-    `enqueue_keys_` may follow at once: the backward pass does not read the queues.
-
-    Args:
-        model: `ALBEFModelWithSimilarity`.
-        student: of this batch.
-        teacher: likewise.
-        item_ids: ``[B]`` int64, the host's `idx`: pairs of one id are positives of each other.
-        alpha: weight of the teacher's softmax.
-    """
-    return queue_contrastive_loss(
-        student.image_feat,
-        student.text_feat,
-        teacher.image_feat,
-        teacher.text_feat,
-        model.image_queue,
-        model.text_queue,
-        model.temp,
-        alpha=alpha,
-        item_ids=item_ids,
-        queue_ids=model.idx_queue[0],
-    )
-
-
-def enqueue_keys_(model: Any, image_feat: Tensor, text_feat: Tensor, item_ids: Tensor) -> None:
-    """The body of `_dequeue_and_enqueue`, for any batch size.
-
-    Args:
-        model: `ALBEFModelWithSimilarity`.
-        image_feat: ``[B, E]`` of the momentum model.
-        text_feat: ``[B, E]`` likewise.
-        item_ids: ``[B]`` int64.
-    """
-    enqueue_(model.image_queue, model.queue_ptr.clone(), image_feat)
-    enqueue_(model.text_queue, model.queue_ptr, text_feat, item_ids, model.idx_queue[0])
 
 
 def matching_loss(
@@ -251,7 +211,7 @@ class _TrainForward(Replacement):
         student = encode(model, image, text, text_atts)
         update_teacher_(model)
         teacher = encode(model, image, text, text_atts, momentum=True)
-        itc, *sims = contrast(model, student, teacher, item_ids, alpha)
+        itc, *sims = contrast(model, student, teacher, alpha, item_ids=item_ids)
         enqueue_keys_(model, teacher.image_feat, teacher.text_feat, item_ids)
         if negatives is None:
             ids = None if self.same_item else item_ids

@@ -85,11 +85,23 @@ def update_teacher_(model: Any) -> None:
 
 
 def contrast(
-    model: Any, student: Encoded, teacher: Encoded, alpha: float | Tensor
+    model: Any,
+    student: Encoded,
+    teacher: Encoded,
+    alpha: float | Tensor,
+    *,
+    item_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ITC with the queues of `model` as they lie -> the loss, and both in-batch similarities.
 
     `enqueue_keys_` may follow at once: the backward pass does not read the queues.
+
+    Args:
+        model: with `image_queue`, `text_queue` and `temp`; with ids also `idx_queue` ``[1, Q]``.
+        student: of this batch.
+        teacher: likewise.
+        alpha: weight of the teacher's softmax.
+        item_ids: ``[B]`` int64: pairs of one id are positives of each other. Default: each alone.
     """
     return queue_contrastive_loss(
         student.image_feat,
@@ -100,19 +112,25 @@ def contrast(
         model.text_queue,
         model.temp,
         alpha=alpha,
+        item_ids=item_ids,
+        queue_ids=None if item_ids is None else model.idx_queue[0],
     )
 
 
-def enqueue_keys_(model: Any, image_feat: Tensor, text_feat: Tensor) -> None:
+def enqueue_keys_(
+    model: Any, image_feat: Tensor, text_feat: Tensor, item_ids: Tensor | None = None
+) -> None:
     """The body of `_dequeue_and_enqueue`: of all ranks where there are any, any batch size.
 
     Args:
-        model: with `image_queue`, `text_queue` and `queue_ptr`.
+        model: with `image_queue`, `text_queue` and `queue_ptr`; with ids also `idx_queue`.
         image_feat: ``[B, E]`` of the momentum model.
         text_feat: ``[B, E]`` likewise.
+        item_ids: ``[B]`` int64, where the host keeps ids beside its keys.
     """
+    queue_ids = None if item_ids is None else model.idx_queue[0]
     enqueue_(model.image_queue, model.queue_ptr.clone(), image_feat)
-    enqueue_(model.text_queue, model.queue_ptr, text_feat)
+    enqueue_(model.text_queue, model.queue_ptr, text_feat, item_ids, queue_ids)
 
 
 def hard_negatives(

@@ -93,18 +93,19 @@ class _Forward(Replacement):
         return mlm, itc, itm
 
 
-class _MomentumUpdate(Replacement):
+class MomentumUpdate(Replacement):
     does = "in place, batched over parameters"
 
     def __call__(self) -> None:
         update_teacher_(self.module)
 
 
-class _Enqueue(Replacement):
+class Enqueue(Replacement):
     does = "any batch size, with or without a process group"
 
-    def __call__(self, image_feat: Tensor, text_feat: Tensor) -> None:
-        enqueue_keys_(self.module, image_feat, text_feat)
+    def __call__(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor | None = None) -> None:
+        item_ids = None if idx is None else idx.view(-1)
+        enqueue_keys_(self.module, image_feat, text_feat, item_ids)
 
 
 def _check_names(kind: str, got: set[str], wanted: set[str], model: nn.Module) -> None:
@@ -225,7 +226,7 @@ def patch(
     masks = _check_masks(model, syncmask, layers, token_ratio, token_score)
     replacements = {
         "forward": _Forward(model, masks, negatives),
-        "_momentum_update": _MomentumUpdate(model),
-        "_dequeue_and_enqueue": _Enqueue(model),
+        "_momentum_update": MomentumUpdate(model),
+        "_dequeue_and_enqueue": Enqueue(model),
     }
     return install(model, replacements)
