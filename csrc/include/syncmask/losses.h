@@ -91,20 +91,13 @@ struct Shares {
   float even, alpha;
 };
 
-// Eight values of which the first `count` are there; the others are 0.
-SYNCMASK_INLINE void read(const float* from, int64_t count, Floats& to) {
-  if (count >= kLanes) return widen(from, to);
-  to = Floats{};
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = from[lane];
-}
-
 // log of softmax
 SYNCMASK_INLINE void log_softmax(const float* logits, const LogSums& sums, int64_t column,
                                  int64_t count, Floats& log_p) {
   Floats top, log_total;
-  read(logits + column, count, log_p);
-  read(sums.top + column, count, top);
-  read(sums.log_total + column, count, log_total);
+  read(logits + column, count, 0.0f, log_p);
+  read(sums.top + column, count, 0.0f, top);
+  read(sums.log_total + column, count, 0.0f, log_total);
   log_p = (log_p - top) - log_total;
 }
 
@@ -118,7 +111,7 @@ SYNCMASK_INLINE void slope_vector(const float* logits, const LogSums& sums, cons
                                   int64_t count, float* slope, LogSoftmaxSums& found) {
   Floats log_p, p, mass;
   log_softmax(logits, sums, column, count, log_p);
-  read(shares.mass + column, count, mass);
+  read(shares.mass + column, count, 0.0f, mass);
   exponential(log_p, p);
   p = mass * p - shares.even;
   found.plain += log_p;
@@ -128,19 +121,12 @@ SYNCMASK_INLINE void slope_vector(const float* logits, const LogSums& sums, cons
       log_softmax(soft, soft_sums, column, count, chosen);
       exponential(chosen, chosen);
     } else {
-      read(soft + column, count, chosen);
+      read(soft + column, count, 0.0f, chosen);
     }
     p -= shares.alpha * chosen;
     found.soft += chosen * log_p;
   }
-  if (count >= kLanes) return store(p, slope + column);
-  for (int64_t lane = 0; lane < count; ++lane) slope[column + lane] = p[lane];
-}
-
-SYNCMASK_INLINE double across(const Floats& lanes) {
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-  return total;
+  write(p, count, slope + column);
 }
 
 // slope [words, columns]; returns the part of the loss that is not due to the labels.

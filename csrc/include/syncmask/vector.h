@@ -98,6 +98,24 @@ SYNCMASK_INLINE void store(const Floats& from, T* to) {
   for (int lane = 0; lane < kLanes; ++lane) narrow(from[lane], to + lane);
 }
 
+// Eight values of which the first `count` are there; the others are `rest`.
+SYNCMASK_INLINE void read(const float* from, int64_t count, float rest, Floats& to) {
+  if (count >= kLanes) return widen(from, to);
+  to = Floats{} + rest;
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = from[lane];
+}
+
+SYNCMASK_INLINE void write(const Floats& from, int64_t count, float* to) {
+  if (count >= kLanes) return store(from, to);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = from[lane];
+}
+
+SYNCMASK_INLINE double across(const Floats& lanes) {
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+  return total;
+}
+
 // e to the power of each lane within 2 units of the last place; 0 below the normal numbers.
 SYNCMASK_INLINE void exponential(const Floats& x, Floats& result) {
   constexpr float kToInteger = 0x1.8p23f;  // added, it leaves the rounded value in the low bits

@@ -15,6 +15,7 @@ if _missing is None:
         masking,
         negatives,
         patch_losses,
+        queue_losses,
         selection,
     )
 
@@ -33,6 +34,9 @@ if _missing is None:
     KERNELS["scatter_masked"] = Kernel(masking.scatter_masked, masking.refuses_sum)
     KERNELS["masked_linear_cross_entropy"] = Kernel(
         losses.masked_linear_cross_entropy, losses.refuses_linear_cross_entropy
+    )
+    KERNELS["queue_contrastive_loss"] = Kernel(
+        queue_losses.queue_contrastive_loss, queue_losses.refuses_keys
     )
     for op in ("masked_patch_loss", "masked_patch_loss_backward"):
         KERNELS[op] = Kernel(getattr(patch_losses, op), refuses_float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,77 +11,112 @@ from torch import Tensor
 from syncmask_kernels.backends.eager.attention import product
 from syncmask_kernels.backends.queue_losses_request import Keys
 
-CPU_COLUMNS, COLUMNS = 8192, 16384  # keys at a time: what a CPU's cache holds; few launches
+CPU_COLUMNS, COLUMNS = 4096, 16384  # keys at a time: what a CPU's cache holds; few launches
+
+
+class Sums(NamedTuple):
+    """Of the logits of rows [R] with a block of keys, in tiles of it."""
+
+    top: Tensor  # [R, tiles], the maxima
+    total: Tensor  # [R, tiles], the sums of the exponentials below them
+    mixed: Tensor  # [B, tiles], the student's logits by the teacher's exponentials; 0 without one
+    positive: Tensor  # [B, tiles], the sums of the student's logits of positives
+    positive_count: Tensor  # [B, tiles], their numbers
+
+
+class Passes(NamedTuple):
+    """What is done to a block of logits between the products, in its place.
+
+    The student's are its first B rows, the teacher's the others, if any. Positives are the keys of
+    the row's own id in `ids` [C]; without `ids` there are none.
+
+    `exponentials_(logits [R, C], own_ids [B], ids)` leaves exponentials below the maxima.
+    `slopes_(weights [R, C], scales [R, tiles], own_ids [B], ids, share [B])` puts into the first
+    B rows the scaled rows of student and teacher, added up, less the share at each positive.
+    `room(like, size)` is memory for all blocks, uninitialised.
+    """
+
+    exponentials_: Callable[[Tensor, Tensor, Tensor | None], Sums]
+    slopes_: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], None]
+    room: Callable[[Tensor, int], Tensor]
+
+
+def _exponentials_(logits: Tensor, own_ids: Tensor, ids: Tensor | None) -> Sums:
+    batch = own_ids.shape[0]
+    student, teacher = logits[:batch], logits[batch:]
+    mixed = positive = count = logits.new_zeros((batch, 1))
+    if ids is not None:
+        same = own_ids.unsqueeze(1) == ids
+        positive = student.where(same, 0.0).sum(dim=1, keepdim=True)
+        count = same.sum(dim=1, keepdim=True).to(logits.dtype)
+    top = logits.amax(dim=1, keepdim=True)
+    if logits.shape[0] > batch:
+        mixed = (teacher.sub_(top[batch:]).exp_() * student).sum(dim=1, keepdim=True)
+    student.sub_(top[:batch]).exp_()
+    return Sums(top, logits.sum(dim=1, keepdim=True), mixed, positive, count)
+
+
+def _slopes_(
+    weights: Tensor, scales: Tensor, own_ids: Tensor, ids: Tensor | None, share: Tensor
+) -> None:
+    batch = own_ids.shape[0]
+    slopes = weights[:batch].mul_(scales[:batch])
+    if weights.shape[0] > batch:
+        slopes.addcmul_(weights[batch:], scales[batch:])
+    if ids is not None:
+        slopes.sub_((own_ids.unsqueeze(1) == ids) * share.unsqueeze(1))
+
+
+PLAIN_PASSES = Passes(_exponentials_, _slopes_, Tensor.new_empty)
 
 
 def _blocks(keys: Keys) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All keys as columns [D, C], the batch's own first, and which are positives [B, C], if any."""
-    own = keys.batch_ids.unsqueeze(1)
-    yield keys.batch.T, own == keys.batch_ids
+    """All keys as columns [D, C], the batch's own first, and their ids, unless none is positive."""
+    yield keys.batch.T, keys.batch_ids
     size = CPU_COLUMNS if keys.queue.device.type == "cpu" else COLUMNS
     for start in range(0, keys.queue.shape[1], size):
         part = slice(start, start + size)
-        same = None if keys.queue_ids is None else own == keys.queue_ids[part]
-        yield keys.queue[:, part].to(keys.batch.dtype), same
-
-
-class _Part(NamedTuple):
-    """The logits of rows [R, D] with a block of keys, as exponentials below their maximum."""
-
-    weights: Tensor  # [R, C]
-    top: Tensor  # [R]
-    total: Tensor  # [R]
-    mixed: Tensor  # [B], the student's logits by the teacher's weights; 0 without a teacher
-
-
-def _part(logits: Tensor, batch: int) -> _Part:
-    """The part of logits [R, C], in their place; the student's are the first `batch` rows."""
-    top = logits.amax(dim=1, keepdim=True)
-    student, teacher = logits[:batch], logits[batch:]
-    mixed = logits.new_zeros((batch,))
-    if logits.shape[0] > batch:
-        mixed = (teacher.sub_(top[batch:]).exp_() * student).sum(dim=1)
-    student.sub_(top[:batch]).exp_()
-    return _Part(logits, top.squeeze(1), logits.sum(dim=1), mixed)
+        ids = None if keys.queue_ids is None else keys.queue_ids[part]
+        yield keys.queue[:, part].to(keys.batch.dtype), ids
 
 
 def queue_contrastive_loss(
-    queries: Tensor, teacher: Tensor | None, keys: Keys, alpha: float | Tensor
+    queries: Tensor,
+    teacher: Tensor | None,
+    keys: Keys,
+    alpha: float | Tensor,
+    passes: Passes = PLAIN_PASSES,
 ) -> tuple[Tensor, Tensor]:
     """queries and teacher [B, D] -> row losses [B] and their gradient [B, D].
 
     A block of keys stays in the cache while its logits become exponentials; once the softmax of
     whole rows is known, one product with the student's less the targets is the gradient.
     """
-    batch = queries.shape[0]
+    batch, own_ids = queries.shape[0], keys.batch_ids
     rows = queries if teacher is None else torch.cat((queries, teacher))
-    share = 1.0 if teacher is None else 1 - alpha  # of the positives
-    count, positive = queries.new_zeros((batch, 1)), queries.new_zeros((batch,))
-    parts = []
-    for block, same in _blocks(keys):
-        logits = product(rows, block)
-        if same is not None:
-            count = count + same.sum(dim=1, keepdim=True)
-            positive = positive + logits[:batch].where(same, 0.0).sum(dim=1)
-        parts.append(_part(logits, batch))
-    tops, totals, mixed = (torch.stack(of, dim=1) for of in list(zip(*parts, strict=True))[1:])
-    peak = tops.amax(dim=1, keepdim=True)
-    scales = (tops - peak).exp()
-    total = (scales * totals).sum(dim=1, keepdim=True)
-    scales = scales / total
-    target = share * positive / count.squeeze(1)
+    sizes = [len(rows) * block.shape[1] for block, _ in _blocks(keys)]
+    room = passes.room(rows, sum(sizes))
+    weights = [part.view(len(rows), -1) for part in room.split(sizes)]
+    sums = []
+    for (block, ids), logits in zip(_blocks(keys), weights, strict=True):
+        torch.mm(rows, block, out=logits)  # which autocast leaves alone
+        sums.append(passes.exponentials_(logits, own_ids, ids))
+    of_all = Sums(*(torch.cat(parts, dim=1) for parts in zip(*sums, strict=True)))
+    peak = of_all.top.amax(dim=1, keepdim=True)
+    scales = (of_all.top - peak).exp()
+    total = (scales * of_all.total).sum(dim=1, keepdim=True)
+    scales /= total
+    share = (1.0 if teacher is None else 1 - alpha) / of_all.positive_count.sum(dim=1)
+    target = share * of_all.positive.sum(dim=1)
     if teacher is not None:
-        target = target + alpha * (scales[batch:] * mixed).sum(dim=1)
+        scales[batch:] *= alpha
+        target += (scales[batch:] * of_all.mixed).sum(dim=1)
+        scales[batch:].neg_()
     slope = torch.zeros_like(queries)
-    for (block, same), part, scale in zip(
-        _blocks(keys), parts, scales.split(1, dim=1), strict=True
-    ):
-        weights = part.weights[:batch].mul_(scale[:batch])
-        if teacher is not None:
-            weights.addcmul_(part.weights[batch:], -alpha * scale[batch:])
-        if same is not None:
-            weights.sub_(same * (share / count))
-        slope = slope + product(weights, block.T)
+    parts = scales.split([x.top.shape[1] for x in sums], dim=1)
+    for (block, ids), part, scale in zip(_blocks(keys), weights, parts, strict=True):
+        passes.slopes_(part, scale, own_ids, ids, share)
+        slope += product(part[:batch], block.T)
     return (peak + total.log())[:batch].squeeze(1) - target, slope
 
 
