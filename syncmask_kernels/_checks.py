@@ -18,9 +18,13 @@ def tensor(name: str, value: object) -> None:
 
 def rank(name: str, value: Tensor, *layouts: str) -> None:
     """`layouts` such as "[B, H, T, S]": the tensor must have as many dimensions as one of them."""
-    tensor(name, value)
-    if value.dim() not in [layout.count(",") + 1 for layout in layouts]:
-        raise ValueError(f"{name} must be {' or '.join(layouts)}, got shape {tuple(value.shape)}")
+    if not isinstance(value, Tensor):
+        tensor(name, value)
+    dimensions = value.dim()
+    for layout in layouts:
+        if dimensions == layout.count(",") + 1:
+            return
+    raise ValueError(f"{name} must be {' or '.join(layouts)}, got shape {tuple(value.shape)}")
 
 
 def shape(name: str, value: Tensor, layout: str, sizes: Sequence[int]) -> None:
@@ -40,7 +44,8 @@ def dtype(name: str, value: Tensor, *wanted: torch.dtype) -> None:
 
 
 def floating(name: str, value: Tensor) -> None:
-    dtype(name, value, *FLOATS)
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        dtype(name, value, *FLOATS)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -18,11 +18,10 @@ class Negatives(NamedTuple):
     found: Tensor
 
 
-def _check_ids(name: str, ids: Tensor | None, layout: str, size: int, sim: Tensor) -> None:
-    if ids is not None:
-        _checks.dtype(name, ids, torch.int64)
-        _checks.shape(name, ids, layout, (size,))
-        _checks.same_device(name, ids, "sim", sim)
+def _check_ids(name: str, ids: Tensor, layout: str, size: int, sim: Tensor) -> None:
+    _checks.dtype(name, ids, torch.int64)
+    _checks.shape(name, ids, layout, (size,))
+    _checks.same_device(name, ids, "sim", sim)
 
 
 def _check_mode(mode: str, margin: float, quantile: float | None, noise: Tensor | None) -> None:
@@ -38,6 +37,23 @@ def _check_mode(mode: str, margin: float, quantile: float | None, noise: Tensor 
         raise ValueError(f"noise is for mode 'multinomial', got mode {mode!r}")
     if quantile is not None:
         _checks.fraction("quantile", quantile)
+
+
+def _check_items(row_ids: Tensor | None, col_ids: Tensor | None, sim: Tensor) -> None:
+    if row_ids is None or col_ids is None:
+        raise ValueError("row_ids and col_ids must be given together, got one of them")
+    _check_ids("row_ids", row_ids, "[B]", sim.shape[0], sim)
+    _check_ids("col_ids", col_ids, "[N]", sim.shape[1], sim)
+
+
+def _check_noise(
+    noise: Tensor, seed: Tensor | None, generator: torch.Generator | None, sim: Tensor
+) -> None:
+    if seed is not None or generator is not None:
+        raise ValueError("at most one of generator, seed and noise must be given, got more")
+    _checks.floating("noise", noise)
+    _checks.shape("noise", noise, "the shape of sim", sim.shape)
+    _checks.same_device("noise", noise, "sim", sim)
 
 
 def sample_negatives(
@@ -111,37 +127,30 @@ def sample_negatives(
     _checks.rank("sim", sim, "[B, N]")
     _checks.floating("sim", sim)
     rows, columns = sim.shape
-    _check_mode(mode, margin, quantile, noise)
-    if (row_ids is None) != (col_ids is None):
-        raise ValueError("row_ids and col_ids must be given together, got one of them")
-    _check_ids("row_ids", row_ids, "[B]", rows, sim)
-    _check_ids("col_ids", col_ids, "[N]", columns, sim)
-    _check_ids("positive", positive, "[B]", rows, sim)
+    if mode != "multinomial" or margin != 0 or quantile is not None:
+        _check_mode(mode, margin, quantile, noise)
+    if row_ids is not None or col_ids is not None:
+        _check_items(row_ids, col_ids, sim)
     if positive is not None:
+        _check_ids("positive", positive, "[B]", rows, sim)
         _host.ids_within("positive", positive, 0, columns, "N")
     elif mode == "semi_hard" and rows != columns:
         raise ValueError(
             f"positive must be given for semi_hard where B != N, got B={rows}, N={columns}"
         )
     if exclude is not None:
-        _checks.dtype("exclude", exclude, torch.bool)
-        _checks.shape("exclude", exclude, "the shape of sim", sim.shape)
-        _checks.same_device("exclude", exclude, "sim", sim)
+        _checks.mask("exclude", exclude, "the shape of sim", sim.shape, "sim", sim)
     if noise is not None:
-        if seed is not None or generator is not None:
-            raise ValueError("at most one of generator, seed and noise must be given, got more")
-        _checks.floating("noise", noise)
-        _checks.shape("noise", noise, "the shape of sim", sim.shape)
-        _checks.same_device("noise", noise, "sim", sim)
+        _check_noise(noise, seed, generator, sim)
     elif mode == "multinomial":
         seed = _host.philox_seed(seed, generator, sim.device)
-    rank = (1, 1) if quantile is None else _host.as_fraction(quantile)
+    num, den = (1, 1) if quantile is None else _host.as_fraction(quantile)
     run = backends.choose("sample_negatives", sim, sim)
     if sim.requires_grad:
         sim = sim.detach()
-    return Negatives(
-        *run(sim, positive, exclude, row_ids, col_ids, mode, margin, rank, seed, noise)
-    )
+    # In the order of the schema: no adapter of a backend stands between.
+    ids = positive, exclude, row_ids, col_ids
+    return Negatives(*run(sim, *ids, MODES.index(mode), margin, num, den, seed, noise))
 
 
 class _Exchange(torch.autograd.Function):

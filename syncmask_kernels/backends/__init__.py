@@ -19,6 +19,7 @@ from torch import Tensor
 
 from syncmask_kernels._version import __version__
 from syncmask_kernels.backends import cpu, cuda, eager, triton
+from syncmask_kernels.backends.kernel import Kernel
 
 BACKENDS: dict[str, Any] = {"cuda": cuda, "triton": triton, "cpu": cpu, "eager": eager}
 AUTOMATIC = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
@@ -34,6 +35,7 @@ def _known(backend: str | None) -> str | None:
     return backend
 
 
+_serving: dict[tuple[str, str], tuple[Kernel, ...]] = {}
 _forced = _known(os.environ.get("SYNCMASK_BACKEND") or None)
 
 
@@ -66,11 +68,12 @@ def refusal(backend: str, op: str, device_type: str, call: tuple[Any, ...] = ())
     """Why `backend` cannot serve `op` there (for `call`, where one is given), or None."""
     module = BACKENDS[backend]
     reason: str | None = module.unavailable(device_type)
-    if reason is None and op not in module.KERNELS:
+    if reason is not None:
+        return reason
+    kernel: Kernel | None = module.KERNELS.get(op)
+    if kernel is None:
         return f"it has no kernel for {op}"
-    if reason is None and call and module.KERNELS[op].refuses is not None:
-        reason = module.KERNELS[op].refuses(*call)
-    return reason
+    return kernel.refuses(*call) if call and kernel.refuses is not None else None
 
 
 def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
@@ -84,10 +87,20 @@ def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
         if reason is not None:
             raise BackendError(f"backend {_forced!r} cannot serve {op}: {reason}")
         return BACKENDS[_forced].KERNELS[op].run
-    for backend in AUTOMATIC.get(device_type, ("eager",)):
-        if refusal(backend, op, device_type, call) is None:
-            return BACKENDS[backend].KERNELS[op].run
+    for kernel in _serving.get((op, device_type)) or _find_serving(op, device_type):
+        if kernel.refuses is None or kernel.refuses(*call) is None:
+            return kernel.run
     raise BackendError(f"no backend serves {op} on {tensor.device}")
+
+
+def _find_serving(op: str, device_type: str) -> tuple[Kernel, ...]:
+    """The kernels that can run there, in the order of choice; remembered, as small calls notice."""
+    backends = AUTOMATIC.get(device_type, ("eager",))
+    kernels = tuple(
+        BACKENDS[b].KERNELS[op] for b in backends if refusal(b, op, device_type) is None
+    )
+    _serving[op, device_type] = kernels
+    return kernels
 
 
 class BuildInfo(NamedTuple):

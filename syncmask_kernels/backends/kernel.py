@@ -18,5 +18,7 @@ class Kernel(NamedTuple):
 
 def refuses_float64(*call: Any) -> str | None:
     """What kernels say that compute in float32."""
-    wide = any(isinstance(given, Tensor) and given.dtype == torch.float64 for given in call)
-    return "float64 is served by eager only" if wide else None
+    for given in call:
+        if isinstance(given, Tensor) and given.dtype == torch.float64:
+            return "float64 is served by eager only"
+    return None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from syncmask_kernels.backends.eager.philox import gumbel, philox_cells
 from syncmask_kernels.backends.eager.selection import order_keys
+from syncmask_kernels.backends.overloads.negatives import MODES
 
 
 def _candidates(
@@ -37,14 +38,14 @@ def _semi_hard(
     candidate: Tensor,
     positive: Tensor,
     margin: float,
-    quantile: tuple[int, int],
+    num: int,
+    den: int,
 ) -> Tensor:
-    """The candidate at the ascending rank ceil(quantile * count) of those below the ceiling.
+    """The candidate at the ascending rank ceil(count * num / den) of those below the ceiling.
 
     They rank before all others, so that it is a rank among all candidates; it is the first where
     nothing is below.
     """
-    num, den = quantile
     ceiling = sim.gather(1, positive.unsqueeze(1)) - margin
     count = (candidate & (sim < ceiling)).sum(dim=1, keepdim=True)
     rank = ((count * num + (den - 1)) // den - 1).clamp(min=0)
@@ -58,9 +59,10 @@ def sample_negatives(
     exclude: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
-    mode: str,
+    mode: int,
     margin: float,
-    quantile: tuple[int, int],
+    num: int,
+    den: int,
     seed: Tensor | None,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -74,10 +76,10 @@ def sample_negatives(
         positive = torch.arange(batch, device=sim.device)
     candidate = _candidates(sim, positive, exclude, row_ids, col_ids)
     found = candidate.any(dim=1)
-    if mode == "semi_hard":
+    if MODES[mode] == "semi_hard":
         assert positive is not None
-        ids = _semi_hard(sim, candidate, positive, margin, quantile)
-    elif mode == "hardest":
+        ids = _semi_hard(sim, candidate, positive, margin, num, den)
+    elif MODES[mode] == "hardest":
         ids = _first(sim, candidate)
     else:
         if noise is None:

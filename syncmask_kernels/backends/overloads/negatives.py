@@ -1,4 +1,4 @@
-"""Schema and fake of the negatives room, and calls in the order of the schema."""
+"""Schema and fake of the negatives room."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODES = ("multinomial", "hardest", "semi_hard")
+MODES = ("multinomial", "hardest", "semi_hard")  # by the schema's `mode`
 
 SCHEMAS = {
     "sample_negatives": (
@@ -16,23 +16,6 @@ SCHEMAS = {
         " -> (Tensor ids, Tensor found)"
     ),
 }
-
-
-def arguments(
-    sim: Tensor,
-    positive: Tensor | None,
-    exclude: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    mode: str,
-    margin: float,
-    quantile: tuple[int, int],
-    seed: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[Any, ...]:
-    """The arguments of a backend in the order of the schema."""
-    columns = (positive, exclude, row_ids, col_ids)
-    return sim, *columns, MODES.index(mode), margin, *quantile, seed, noise
 
 
 def _fake_sample_negatives(sim: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

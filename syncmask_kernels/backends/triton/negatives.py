@@ -57,7 +57,7 @@ def negatives_launches(
     return (ids, found), [launch] if rows > 0 else []
 
 
-_sample_negatives = overloads.define("sample_negatives", "triton")
+sample_negatives = overloads.define("sample_negatives", "triton")
 
 
 def _run_sample_negatives(sim: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,3 @@ def _run_sample_negatives(sim: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 for _device in ("cpu", "cuda") if INTERPRETED else ("cuda",):
     torch.library.impl("syncmask::sample_negatives.triton", _device, _run_sample_negatives)
-
-
-def sample_negatives(*call: Any) -> tuple[Tensor, Tensor]:
-    """sim [B, N] -> ids [B] int64, found [B] bool."""
-    return _sample_negatives(*overloads.negatives.arguments(*call))
