@@ -102,6 +102,25 @@ def test_the_study_goes_on_where_it_stopped(
     assert all(a != b for a, b in zip(ours[2:], theirs[2:], strict=True))
 
 
+def test_what_is_trained_on_photos() -> None:
+    """All that is trained on the catalogue, but for rules and ages; with every seed."""
+    study = AblateConfig("runs", photos="products", seeds=2)
+    trained: dict[str, list[tuple[str, int]]] = {}
+    for training in study_module._trainings(study):
+        options = training.options
+        assert options["data"] == ("products" if training.where == "photos" else "catalogue")
+        assert options["augment"] == (training.where == "photos")
+        trained.setdefault(training.where, []).append((training.name, options["seed"]))
+    catalogue, photos = trained["catalogue"], trained["photos"]
+    assert catalogue == [(n, seed) for n in (TRUNK, *study_module.VARIANTS) for seed in (0, 1)]
+    left_out = {name for name, _ in catalogue} - {name for name, _ in photos}
+    assert left_out == {
+        *(f"sync, words by {rule}" for rule in ("image_to_text", "image_to_text_cls")),
+        *(f"sync, {age} teacher" for age in ("young", "grown")),
+    }
+    assert photos == [(name, seed) for name, seed in catalogue if name not in left_out]
+
+
 def test_tables_show_mean_spread_and_the_best() -> None:
     table = {"a": {"x": [0.5, 0.7], "y": [0.1, 0.1]}, "b": {"x": [0.2, 0.2]}}
     assert as_markdown("Title", table).splitlines() == [
