@@ -35,7 +35,7 @@ from reference.batch import make_batch
 from reference.checkpoint import checkpoints, load_model
 from reference.config import PretrainConfig
 from reference.data import PairDataset, Truth
-from reference.evaluate import word_auc
+from reference.evaluate import evaluate, word_auc
 from reference.pretrain import pretrain
 from reference.run_files import CONFIG, EVALUATION, METRICS, atomic_path, load_json, save_json
 from reference.score_rules import all_scores
@@ -92,6 +92,9 @@ class AblateConfig:
 
 def ablate(study: AblateConfig) -> Path:
     """Run what is not there yet; returns the page of results."""
+    oldest = max(variant.age for variant in VARIANTS.values())
+    if study.steps <= oldest:
+        raise ValueError(f"steps must be above {oldest}, where a variant begins, got {study.steps}")
     for training in tqdm(list(_trainings(study)), unit="training"):
         if not (training.run / EVALUATION).exists():
             _train(training, study)
@@ -168,7 +171,7 @@ def _results(study: AblateConfig) -> dict[str, Table]:
         _append(results.setdefault(f"Trained on the {where}", {}), name, outcome)
         if name != TRUNK:
             trunk = _folder(study, where, TRUNK, options["seed"])
-            before = _outcome(load_json(trunk / EVALUATION))
+            before = _outcome(_evaluation_by_rules_of(options, trunk))
             gains = {column: value - before[column] for column, value in outcome.items()}
             title = f"Trained on the {where}: more than with random masks of the same seed"
             _append(results.setdefault(title, {}), name, gains)
@@ -179,6 +182,18 @@ def _results(study: AblateConfig) -> dict[str, Table]:
                     for rule, figures in rules.items():
                         _append(table, rule, {f"{k}{AT}{age}": v for k, v in figures.items()})
     return results
+
+
+def _evaluation_by_rules_of(options: dict[str, Any], trunk: Path) -> dict[str, Any]:
+    """That of the trunk, its masks by the variant's rule, so that training alone makes the gain."""
+    if "word_score" not in options:
+        return dict(load_json(trunk / EVALUATION))
+    file = trunk / f"evaluation-{options['word_score']}.json"
+    if not file.exists():
+        model, config, tokenizer = load_model(max(checkpoints(trunk)))
+        config.word_score = options["word_score"]
+        save_json(file, evaluate(model, config.load_data(tokenizer).val, tokenizer, config)[0])
+    return dict(load_json(file))
 
 
 def _append(table: Table, row: str, figures: dict[str, float]) -> None:

@@ -100,6 +100,25 @@ def test_the_study_goes_on_where_it_stopped(
     )
     assert ours[:2] == theirs[:2]
     assert all(a != b for a, b in zip(ours[2:], theirs[2:], strict=True))
+    # Beside a variant of another rule, the trunk's teacher is judged by that rule too.
+    kept, by_rule = (
+        study_module._evaluation_by_rules_of(options, trunk)
+        for options in ({}, {"word_score": "image_to_text"})
+    )
+    assert kept == load_json(trunk / "evaluation.json")
+    assert by_rule["retrieval"] == kept["retrieval"]
+    same, other = (
+        [evaluation["masks"][name] for evaluation in (kept, by_rule)]
+        for name in ("patches_described", "word_auc")
+    )
+    assert same[0] == same[1]
+    assert other[0] != other[1]
+
+
+def test_a_study_too_short_for_its_variants_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="steps must be above 600"):
+        ablate(AblateConfig(str(tmp_path), steps=600))
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_is_trained_on_photos() -> None:
