@@ -17,7 +17,8 @@ from tests.accuracy import assert_as_accurate
 
 pytest.importorskip("transformers", minversion="5")
 
-from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel
+from transformers import BertConfig, BertForMaskedLM, LxmertConfig, ViTConfig, ViTModel
+from transformers.models.lxmert.modeling_lxmert import LxmertLMPredictionHead
 
 from syncmask_kernels.integrations.transformers import (
     capture_attention,
@@ -355,6 +356,23 @@ def test_masked_lm_loss_distils() -> None:
         return 0.6 * F.cross_entropy(logits, labels[labels != -100]) + 0.4 * soft
 
     assert_as_accurate(found, plain(torch.float32), plain(torch.float64), factor=2)
+
+
+def test_masked_lm_loss_adds_the_bias_of_heads_that_add_it_themselves() -> None:
+    torch.manual_seed(0)
+    config = LxmertConfig(vocab_size=WORDS, hidden_size=WIDTH)
+    head, teacher = (LxmertLMPredictionHead(config) for _ in range(2))
+    for each in (head, teacher):
+        nn.init.normal_(each.bias)
+    _, _, hidden, hidden_t, labels = heads_and_labels(0.3)
+    masked = labels != -100
+    soft = teacher(hidden_t[masked]).softmax(-1)
+    logits = head(hidden[masked])
+    loss = masked_lm_loss(head, hidden, labels, teacher=(teacher, hidden_t), alpha=0.4)
+    wanted = 0.6 * F.cross_entropy(logits, labels[masked]) + 0.4 * F.cross_entropy(logits, soft)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    grads = (torch.autograd.grad(value, head.bias)[0] for value in (loss, wanted))
+    torch.testing.assert_close(*grads)
 
 
 def test_masked_lm_loss_smooths_labels() -> None:

@@ -54,6 +54,12 @@ def _taken(x: Tensor, rows: Tensor | None, fill: float = 0) -> Tensor:
     return x if rows is None else gather_masked(x[None], rows[None], fill=fill)[0]
 
 
+def _logits_of(head: Any) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of its logits: of LXMERT and BridgeTower the head adds the bias."""
+    decoder = head.decoder
+    return decoder.weight, getattr(head, "bias", None) if decoder.bias is None else decoder.bias
+
+
 def masked_lm_loss(
     head: Any,
     hidden: Tensor,
@@ -70,8 +76,9 @@ def masked_lm_loss(
 
     Args:
         head: BERT's prediction head, ``model.cls.predictions``: a module `transform` and a linear
-            layer `decoder`, tied to the word embeddings or not. BERT's of `transformers`, BLIP's,
-            ALBEF's `xbert.py` and its copies have it.
+            layer `decoder`, tied to the word embeddings or not, with a bias of its own, one of the
+            head, or none. BERT's, BLIP's and LXMERT's of `transformers`, ALBEF's `xbert.py` and its
+            copies have it.
         hidden: ``[B, T, D]`` the last hidden state of the encoder.
         labels: ``[B, T]`` int64, `ignore_index` where there is nothing to predict.
         ids: ``[B, K]`` int64, -1 for none: only these positions are looked at. What
@@ -117,17 +124,13 @@ def masked_lm_loss(
     if teacher is not None:
         _check_head("head of teacher", teacher[0], teacher[1], labels)
         with torch.no_grad():
-            decoder = teacher[0].decoder
-            distilled = (
-                teacher[0].transform(_taken(teacher[1], rows)),
-                decoder.weight,
-                decoder.bias,
-            )
+            distilled = (teacher[0].transform(_taken(teacher[1], rows)), *_logits_of(teacher[0]))
+    weight, bias = _logits_of(head)
     loss = masked_linear_cross_entropy(
         head.transform(_taken(hidden, rows)),
-        head.decoder.weight,
+        weight,
         taken,
-        bias=head.decoder.bias,
+        bias=bias,
         ids=None if rows is None else torch.arange(rows.shape[0], device=rows.device),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
