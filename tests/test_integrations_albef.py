@@ -285,6 +285,18 @@ def test_pairs_of_one_item_are_no_negatives(make):
         assert torch.equal(items[ids], 1 - items)
 
 
+def test_a_queue_of_ids_is_not_left_behind():
+    model = standin(TINY)
+    model.register_buffer("idx_queue", torch.full((1, TINY.queue), -100))
+    keys, ids = torch.randn(2, PAIRS, TINY.embed), torch.arange(PAIRS)
+    with pytest.raises(ValueError, match="item_ids must be given"):
+        albef.enqueue_keys_(model, *keys)
+    albef.enqueue_keys_(model, *keys, ids)
+    assert torch.equal(model.idx_queue[0, :PAIRS], ids)
+    assert (model.idx_queue[0, PAIRS:] == -100).all()
+    assert model.queue_ptr == PAIRS
+
+
 def test_uncounted_rows_of_matching(make):
     """The loss over the pairs and what was found is that of these rows alone."""
     model, batch = make().double(), make.batch(0)

@@ -127,7 +127,12 @@ def enqueue_keys_(
         image_feat: ``[B, E]`` of the momentum model.
         text_feat: ``[B, E]`` likewise.
         item_ids: ``[B]`` int64, where the host keeps ids beside its keys.
+
+    Raises:
+        ValueError: the model has an `idx_queue`, and no ids came: it would tell those of old keys.
     """
+    if item_ids is None and hasattr(model, "idx_queue"):
+        raise ValueError("item_ids must be given for a model with an idx_queue, got None")
     queue_ids = None if item_ids is None else model.idx_queue[0]
     enqueue_(model.image_queue, model.queue_ptr.clone(), image_feat)
     enqueue_(model.text_queue, model.queue_ptr, text_feat, item_ids, queue_ids)
