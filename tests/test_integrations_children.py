@@ -37,7 +37,7 @@ def batch_of(seed: int, dtype: torch.dtype) -> Batch:
 class Grit:
     """How to make a model, for how many steps to train it, and a step of the host and of ours."""
 
-    patch = staticmethod(grit_vlp.patch)
+    patch, unpatch = staticmethod(grit_vlp.patch), staticmethod(grit_vlp.unpatch)
 
     def __init__(self, make: Callable[[Size], nn.Module], steps: int) -> None:
         self.make, self.steps = make, steps
@@ -64,7 +64,7 @@ class Grit:
 class FashionSAP:
     """Negatives are injected: the host draws other views of the product too."""
 
-    patch = staticmethod(fashionsap.patch)
+    patch, unpatch = staticmethod(fashionsap.patch), staticmethod(fashionsap.unpatch)
 
     def __init__(self, make: Callable[[Size], nn.Module], steps: int) -> None:
         self.make, self.steps = make, steps
@@ -200,7 +200,10 @@ def test_unpatching_leaves_the_model_as_it_was(child: Any) -> None:
     assert "loop" in str(patched)
     with pytest.raises(ValueError, match="patched already"):
         child.patch(model)
-    child.our_step(copy.deepcopy(model), 0, torch.float32)
+    other = copy.deepcopy(model)
+    child.our_step(other, 0, torch.float32)
+    child.unpatch(other)
+    assert "forward" not in vars(other)
     patched.unpatch()
     assert {n: set(vars(m)) for n, m in modules(model)} == names
     for name, value in model.state_dict().items():
@@ -300,11 +303,11 @@ def test_the_order_of_a_group_is_the_hosts(groups: Any, examples: int) -> None:
     ids = torch.randperm(1000)[:examples].float()
     torch.manual_seed(1)
     wanted = [int(i) for i in groups.grouping(image, text, ids, torch.tensor(0.07))]
-    patched = grit_vlp.patch_groups(groups)
+    grit_vlp.patch_groups(groups)
     torch.manual_seed(1)
     assert groups.grouping(image, text, ids, torch.tensor(0.07)) == wanted
     assert sorted(wanted) == sorted(ids.int().tolist())
-    patched.unpatch()
+    grit_vlp.unpatch(groups)
     assert "grouping" not in vars(groups)
 
 

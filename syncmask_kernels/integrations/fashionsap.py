@@ -24,7 +24,16 @@ from syncmask_kernels.integrations.albef import (
     matching_loss,
 )
 from syncmask_kernels.integrations.albef.patching import Enqueue, MomentumUpdate
-from syncmask_kernels.integrations.replacing import Patched, Replacement, install
+from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
+
+__all__ = [
+    "HardNegatives",
+    "Losses",
+    "Patched",
+    "encode",
+    "patch",
+    "unpatch",
+]
 
 _ENCODERS = (
     "visual_encoder",

@@ -28,7 +28,20 @@ from syncmask_kernels.integrations.albef import (
     matching_loss,
     random_words,
 )
-from syncmask_kernels.integrations.replacing import Patched, Replacement, install
+from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
+
+__all__ = [
+    "CONSISTENCY",
+    "HardNegatives",
+    "MaskedWords",
+    "Patched",
+    "contrast",
+    "group",
+    "mlm_loss",
+    "patch",
+    "patch_groups",
+    "unpatch",
+]
 
 CONSISTENCY = 0.2  # the host's weight of each direction's softmax as the other's target
 
