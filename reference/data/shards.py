@@ -74,17 +74,19 @@ def shards_of(folder: str | Path, split: str) -> list[str]:
     return found
 
 
-def read_samples(shards: Iterable[str], problems: list[str]) -> Iterator[Sample]:
-    """The usable samples of shards, in their order; what is not usable goes to `problems`."""
+def read_samples(shards: Iterable[str]) -> Iterator[Sample | str]:
+    """The samples of shards, in their order; in the place of an unusable one, where and why."""
     for shard in shards:
         try:
             with gopen(shard) as stream:
-                yield from _read_shard(shard, stream, problems)
+                yield from _read_shard(shard, stream)
         except OSError as error:  # a file that is not there, or a command that failed as it ended
-            problems.append(f"{shard}: {error}")
+            yield f"{shard}: {error}"
 
 
-def _read_shard(shard: str, stream: IO[bytes], problems: list[str]) -> Iterator[Sample]:
+def _read_shard(shard: str, stream: IO[bytes]) -> Iterator[Sample | str]:
+    problems: list[str] = []
+
     def name_problem(error: Exception) -> bool:
         problems.append(f"{shard}: {type(error).__name__}: {error.args[0]}")
         return True
@@ -94,10 +96,8 @@ def _read_shard(shard: str, stream: IO[bytes], problems: list[str]) -> Iterator[
     for found in group_by_keys(files, handler=name_problem):
         name = f"{shard.rpartition('/')[2]}:{found['__key__']}"
         sample = _sample(name, found)
-        if isinstance(sample, str):
-            problems.append(f"{name}: {sample}")
-        else:
-            yield sample
+        yield f"{name}: {sample}" if isinstance(sample, str) else sample
+    yield from problems
 
 
 def _sample(name: str, files: dict[str, Any]) -> Sample | str:
@@ -127,12 +127,16 @@ def first_captions(shards: list[str], count: int) -> list[str]:
     Raises:
         ValueError: there are none.
     """
-    problems: list[str] = []
-    samples = itertools.islice(read_samples(shards, problems), count)
-    captions = [sample.record["caption"] for sample in samples]
+    usable = (sample for sample in read_samples(shards) if isinstance(sample, Sample))
+    captions = [sample.record["caption"] for sample in itertools.islice(usable, count)]
     if not captions:
-        raise ValueError(f"{shards[0]} and others hold no pair: {'; '.join(problems[:3])}")
+        raise _no_pair(shards)
     return captions
+
+
+def _no_pair(shards: list[str]) -> ValueError:
+    problems = map(str, itertools.islice(read_samples(shards), 3))
+    return ValueError(f"{len(shards)} shards hold no pair: {'; '.join(problems)}")
 
 
 def load_shards(folder: str | Path, split: str, *, image_size: int, max_broken: float) -> Pairs:
@@ -144,7 +148,10 @@ def load_shards(folder: str | Path, split: str, *, image_size: int, max_broken: 
     """
     problems: list[str] = []
     shards, images, records = shards_of(folder, split), [], []
-    for sample in tqdm(read_samples(shards, problems), f"{split} shards", unit="image"):
+    for sample in tqdm(read_samples(shards), f"{split} shards", unit="image"):
+        if isinstance(sample, str):
+            problems.append(sample)
+            continue
         image = attempt(decode, sample.image, image_size)
         if isinstance(image, str):
             problems.append(f"{sample.name}: {image}")
@@ -171,17 +178,19 @@ class Position(NamedTuple):
     epoch: int = 0
     """its pass"""
     taken: int = 0
-    """pairs of it"""
+    """samples of it, unusable ones included"""
 
 
 class Part(NamedTuple):
-    """What a worker makes of as many samples as a batch has."""
+    """What a worker makes of as many usable samples as a batch has."""
 
     images: Tensor | None
     """uint8 ``[B, 3, S, S]``, None: not one could be decoded"""
     captions: list[str]
     item_ids: Tensor
     position: Position
+    read: int
+    """samples, broken ones included"""
     problems: list[str]
 
 
@@ -200,22 +209,24 @@ class Order:
     """samples among which a worker shuffles"""
     seed: int
 
-    def samples(
-        self, part: int, start: Position, problems: list[str]
-    ) -> Iterator[tuple[Sample, Position]]:
-        """Samples of a worker without end after `start`, and how far it is with each."""
+    def samples(self, part: int, start: Position) -> Iterator[tuple[Sample | str, Position]]:
+        """Samples of a worker without end after `start`, and how far it is with each.
+
+        Unusable ones are shuffled with the others, so that they come as often as they are.
+        """
         reader, readers = self.rank * self.workers + part, self.ranks * self.workers
         for epoch in itertools.count(start.epoch):
             dealt = random.Random(f"{self.seed} {epoch}").sample(self.shards, len(self.shards))
             own = dealt[reader::readers]
             chance = random.Random(f"{self.seed} {epoch} {reader}")
             mix = webdataset.shuffle(self.buffer, initial=self.buffer, rng=chance)
-            number = 0
-            for number, sample in enumerate(mix(read_samples(own, problems)), 1):
+            usable = False
+            for number, sample in enumerate(mix(read_samples(own)), 1):
+                usable = usable or isinstance(sample, Sample)
                 if epoch > start.epoch or number > start.taken:
                     yield sample, Position(epoch, number)
-            if number == 0:
-                raise ValueError(f"{len(own)} shards hold no pair: {'; '.join(problems[:3])}")
+            if not usable:
+                raise _no_pair(own)
 
 
 class ShardReader(IterableDataset[Part]):
@@ -238,28 +249,34 @@ class ShardReader(IterableDataset[Part]):
         worker = get_worker_info()
         # A loader begins with its first worker, which therefore takes the part whose turn it is.
         part = (self.batches + (0 if worker is None else worker.id)) % self.order.workers
+        batch: list[Sample] = []
         problems: list[str] = []
-        samples = self.order.samples(part, self.positions[part], problems)
-        while True:
-            yield self._decoded(list(itertools.islice(samples, self.order.batch_size)), problems)
-            problems.clear()
+        for sample, position in self.order.samples(part, self.positions[part]):
+            if isinstance(sample, str):
+                problems.append(sample)
+            else:
+                batch.append(sample)
+            if len(batch) == self.order.batch_size:
+                yield self._decoded(batch, position, problems)
+                batch, problems = [], []
 
-    def _decoded(self, batch: list[tuple[Sample, Position]], problems: list[str]) -> Part:
-        images = [attempt(decode, sample.image, self.image_size) for sample, _ in batch]
-        wrong = [
+    def _decoded(self, batch: list[Sample], position: Position, unusable: list[str]) -> Part:
+        images = [attempt(decode, sample.image, self.image_size) for sample in batch]
+        broken = [
             f"{sample.name}: {image}"
-            for image, (sample, _) in zip(images, batch, strict=True)
+            for image, sample in zip(images, batch, strict=True)
             if isinstance(image, str)
         ]
         places = stand_ins([not isinstance(image, str) for image in images])
         shown = [image for place in places if not isinstance(image := images[place], str)]
-        records = [batch[place][0].record for place in places]
+        records = [batch[place].record for place in places]
         return Part(
             stacked(shown) if shown else None,
             [record["caption"] for record in records],
             torch.tensor([item_id(record) for record in records], dtype=torch.int64),
-            batch[-1][1],
-            problems + wrong,
+            position,
+            len(batch) + len(unusable),
+            unusable + broken,
         )
 
 
@@ -339,7 +356,7 @@ class ShardStream:
         part = next(self._parts)
         self.positions[self.batches % len(self.positions)] = part.position
         self.batches += 1
-        self._broken.note(self.order.batch_size, part.problems)
+        self._broken.note(part.read, part.problems)
         return part
 
     @property
