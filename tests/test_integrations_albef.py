@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -207,6 +211,56 @@ def test_by_hand_in_the_forward_of_the_host(make):
         masked_indices=chosen.token_mask.clone(),
     )
     assert torch.equal(labels, ids.where(chosen.token_mask, -100))
+
+
+PAGE = Path(__file__).parents[1] / "docs/integrations/albef.md"
+CHOICE, CHOSEN = "after 110", "192-193"  # SyncMask's
+
+
+def rows_by_hand() -> dict[str, list[str]]:
+    """Lines of the host -> the statements that the page's table has instead."""
+    table = PAGE.read_text().split("## By hand")[1].split("\n\n")[2]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return {lines: re.findall("`(.+?)`", instead.split(";")[0]) for lines, _, instead in cells}
+
+
+def edited(source: str, rows: dict[str, list[str]]) -> str:
+    """The host's code with these rows followed to the letter."""
+    lines = dict(enumerate(source.splitlines(), start=1))
+    for where, statements in rows.items():
+        ranges = [[int(n) for n in part.split("-")] for part in re.findall("[0-9-]+", where)]
+        at = [n for ends in ranges for n in range(ends[0], ends[-1] + 1)]
+        indent = min(len(s) - len(s.lstrip()) for s in map(lines.get, at) if s.strip())
+        kept = [lines[at[-1]]] if "after" in where else []
+        lines |= dict.fromkeys(at, "")
+        lines[at[-1]] = "\n".join([*kept, *(" " * indent + text for text in statements)])
+    return "\n".join(lines.values())
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("where", [*rows_by_hand(), "all"])
+def test_each_row_of_the_page_serves_the_host_by_itself(tmp_path, where):
+    make = Maker(Size(), partial(real_albef, tmp_path), steps=1)
+    host, ours, batch = make(), make(), make.batch(0)
+    table = rows_by_hand()
+    table[CHOICE] = [text.replace("[8]", "[-1]") for text in table[CHOICE]]  # it has four layers
+    if where != "all":
+        table = {n: table[n] for n in ([CHOICE, CHOSEN] if where == CHOSEN else [where])}
+    code = Path(os.environ["SYNCMASK_ALBEF"], "models/model_pretrain.py").read_text()
+    parsed = ast.parse(edited(code, table))
+    parsed.body = [node for node in parsed.body if isinstance(node, ast.ClassDef)]
+    names = {**type(ours).forward.__globals__, "albef": albef, "smk": smk}
+    exec(compile(parsed, "model_pretrain.py", "exec"), names)
+    ours.__class__ = names["ALBEF"]
+    draws = make_draws(batch, make.size, generator(0))
+    wanted, got = (host_step(model, batch, draws) for model in (host, ours))
+    drawn = {0: {CHOSEN, "all"}, 2: {"143-164", "all"}}  # of the words, of the negatives
+    for i, loss in enumerate(got):
+        assert loss.isfinite()
+        if where not in drawn.get(i, ()):
+            torch.testing.assert_close(loss, wanted[i])
+    for name in ("image_queue", "queue_ptr", "text_encoder_m.bert.embeddings.LayerNorm.weight"):
+        torch.testing.assert_close(ours.state_dict()[name], host.state_dict()[name])
 
 
 def test_options_of_masks_reach_the_selection(make):
