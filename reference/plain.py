@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import syncmask_kernels as smk
+from reference import ranks
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def sync_topk_mask(
     word_valid = torch.zeros_like(noisy_tokens).scatter_add(1, words, valid.float()) > 0
     chosen = (_ranks(best, word_valid) < _count(token_ratio, word_valid)) & word_valid
     token_mask = chosen.gather(1, words) & valid
-    token_ids = _ids(token_mask, math.ceil(token_ratio * token_valid.shape[1]))
+    token_ids = _ids(token_mask, token_mask.shape[1])
     return smk.SyncMask(
         patches.mask, token_mask, patches.ids, token_ids, patch_scores, token_scores
     )
@@ -268,11 +269,12 @@ def enqueue_(
     ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
 ) -> None:
+    keys = ranks.of_all(keys.to(queue.dtype))
     size, new = queue.shape[1], len(keys)
     columns = torch.arange(int(pointer), int(pointer) + new, device=queue.device)[-size:] % size
     queue[:, columns] = keys[-size:].T
     if ids is not None and queue_ids is not None:
-        queue_ids[columns] = ids[-size:]
+        queue_ids[columns] = ranks.of_all(ids)[-size:]
     pointer[0] = (pointer[0] + new) % size
 
 
