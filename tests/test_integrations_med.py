@@ -5,6 +5,8 @@ Most need the hosts; the same functions are tested on stand-ins in the tests of 
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +197,18 @@ def test_patches_that_text_relates_to_go_into_simlas_image_mask(tmp_path) -> Non
     hidden = F.interpolate(chosen.patch_mask.view(PAIRS, 1, 2, 2).float(), scale_factor=16)
     assert torch.equal(images(pixels + hidden, chosen.patch_mask), masked)
     assert not torch.equal(images(pixels + 1 - hidden, chosen.patch_mask), masked)
+
+
+def test_simlas_pseudo_labels_are_the_words_with_votes() -> None:
+    """By the row of the page, where all heads agree: four words for five places."""
+    page = (Path(__file__).parents[1] / "docs/integrations/children.md").read_text()
+    (row,) = re.findall(r"`(smk\.vote_keywords\(.+?)` gives", page)
+    attention = {11: torch.tensor([0.0, 5, 4, 0, 3, 2, 0, 0]).expand(1, 3, 2, 8)}
+    positions = eval(row, {"smk": smk, "t2i_self_attention": attention})
+    ids = torch.arange(CLS, CLS + 8).unsqueeze(0)
+    targets = torch.zeros(1, 200).scatter_(1, torch.gather(ids, 1, positions), 1)
+    targets[:, CLS] = 0  # as the host does
+    assert targets[0].nonzero().flatten().tolist() == [CLS + i for i in (1, 2, 4, 5)]
 
 
 def test_masking_from_outside_is_what_simla_does_itself() -> None:
