@@ -317,6 +317,18 @@ def test_pairs_by_item_and_semi_hard() -> None:
     assert abs(float(drawn) - 0.5) < 0.06
 
 
+@pytest.mark.parametrize("mode", ["hardest", "multinomial"])
+def test_pairs_of_one_generator_are_the_same(mode: str) -> None:
+    sim = torch.randn(64, 64)
+    (first, again, other) = (
+        fashionvil.hard_pairs(sim, mode=mode, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.text_index, again.text_index)
+    assert torch.equal(first.replaced, again.replaced)
+    assert not torch.equal(first.replaced, other.replaced)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

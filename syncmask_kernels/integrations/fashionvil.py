@@ -168,6 +168,7 @@ def hard_pairs(
     item_ids: Tensor | None = None,
     mode: str = "hardest",
     replace: Tensor | None = None,
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> HardPairs:
     """Replace the texts of half of the images by hard negatives, for image-text matching.
@@ -180,7 +181,9 @@ def hard_pairs(
             (with `double_view`, of a half) is an item of its own.
         mode: of `sample_negatives`. Default: ``"hardest"``, the host's `argmax`.
         replace: ``[B]`` bool, the images to be given another text. Default: a fair coin for each.
-        options: of `sample_negatives`: `margin`, `quantile`, `generator`, `seed`, `noise`.
+        generator: of the negatives and of the coins, on the device. Default: torch's own.
+        options: of `sample_negatives`: `margin`, `quantile`, `seed`, `noise` (of the negatives;
+            coins do not heed them).
 
     Returns:
         HardPairs: images without a candidate keep their text, and `replaced` is False for them.
@@ -196,15 +199,20 @@ def hard_pairs(
         raise ValueError(f"correlations must have an even B with double_view, got B={rows}")
     if double_view and item_ids is None:
         item_ids = torch.arange(rows // 2, device=device).repeat(2)
-    if replace is None:
-        replace = torch.rand(rows, device=device) > 0.5
-    else:
+    if replace is not None:
         _checks.dtype("replace", replace, torch.bool)
         _checks.shape("replace", replace, "[B]", (rows,))
         _checks.same_device("replace", replace, "correlations", correlations)
     negatives = sample_negatives(
-        correlations, row_ids=item_ids, col_ids=item_ids, mode=mode, **options
+        correlations,
+        row_ids=item_ids,
+        col_ids=item_ids,
+        mode=mode,
+        generator=generator,
+        **options,
     )
+    if replace is None:
+        replace = torch.rand(rows, device=device, generator=generator) > 0.5
     replaced = replace & negatives.found
     own = torch.arange(rows, device=device)
     return HardPairs(torch.where(replaced, negatives.ids, own), replaced)
