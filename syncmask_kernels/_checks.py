@@ -70,6 +70,15 @@ def mask(
         same_device(name, value, other_name, other)
 
 
+def ids(
+    name: str, value: Tensor, layout: str, sizes: Sequence[int], other_name: str, other: Tensor
+) -> None:
+    """An int64 tensor beside `other`."""
+    dtype(name, value, torch.int64)
+    shape(name, value, layout, sizes)
+    same_device(name, value, other_name, other)
+
+
 def number(name: str, value: float) -> None:
     if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -12,7 +12,7 @@ from syncmask_kernels import _checks
 
 
 def _as_fraction(share: float) -> tuple[int, int]:
-    exact = Fraction(share).limit_denominator(10**6)
+    exact = Fraction(float(share)).limit_denominator(10**6)
     return exact.numerator, exact.denominator
 
 
@@ -38,18 +38,26 @@ def ids_within(name: str, ids: Tensor, low: int, high: int, of: str) -> None:
         raise ValueError(f"{name} must be in [{low}, {of}) = [{low}, {high}), got {wrong}")
 
 
+def check_seed(
+    seed: Tensor | None, generator: torch.Generator | None, device: torch.device
+) -> None:
+    if seed is not None and generator is not None:
+        raise ValueError("at most one of seed and generator must be given, got both")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator must be on {device}, got {generator.device}")
+    if seed is not None:
+        _checks.dtype("seed", seed, torch.int64)
+        _checks.shape("seed", seed, "two values", (2,))
+        if seed.device != device:
+            raise ValueError(f"seed must be on {device}, got {seed.device}")
+
+
 def philox_seed(
     seed: Tensor | None, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
     """The caller's seed, checked, or two values drawn on `device` from `generator`."""
-    if seed is None:
-        if generator is not None and generator.device.type != device.type:
-            raise ValueError(f"generator must be on {device}, got {generator.device}")
-        return torch.randint(2**32, (2,), device=device, generator=generator)
-    if generator is not None:
-        raise ValueError("at most one of seed and generator must be given, got both")
-    _checks.dtype("seed", seed, torch.int64)
-    _checks.shape("seed", seed, "two values", (2,))
-    if seed.device != device:
-        raise ValueError(f"seed must be on {device}, got {seed.device}")
-    return seed
+    if seed is not None or generator is not None:
+        check_seed(seed, generator, device)
+    if seed is not None:
+        return seed
+    return torch.randint(2**32, (2,), device=device, generator=generator)

@@ -156,10 +156,7 @@ def check_qk(
         _checks.number("scale", scale)
     _checks.shape("k", keys, "[(L,) B, H, S, D]", (layers, batch, heads, keys.shape[3], dim))
     check_skip_keys(skip_keys, keys.shape[3])
-    if key_valid is not None:
-        _checks.dtype("key_valid", key_valid, torch.bool)
-        _checks.shape("key_valid", key_valid, "[B, S]", (batch, keys.shape[3]))
-        _checks.same_device("key_valid", key_valid, "q", queries)
+    _checks.mask("key_valid", key_valid, "[B, S]", (batch, keys.shape[3]), "q", queries)
     return queries, keys, dim**-0.5 if scale is None else scale
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from syncmask_kernels import _checks, backends
@@ -67,9 +66,7 @@ def grouped_order(
     _checks.same_device("text_feat", text_feat, "image_feat", image_feat)
     size = image_feat.shape[0]
     if item_ids is not None:
-        _checks.dtype("item_ids", item_ids, torch.int64)
-        _checks.shape("item_ids", item_ids, "[M]", (size,))
-        _checks.same_device("item_ids", item_ids, "image_feat", image_feat)
+        _checks.ids("item_ids", item_ids, "[M]", (size,), "image_feat", image_feat)
     _checks.index("start", start, size, "M")
     _checks.choice("mode", mode, MODES)
     _checks.integer("window", window)

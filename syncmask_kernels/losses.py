@@ -32,14 +32,15 @@ def _check_head(suffix: str, head: Head, labels: Tensor, vocabulary: int | None 
         _checks.same_device(bias, head.bias, "labels", labels)
 
 
-def _check_alpha(alpha: float | Tensor, distilled: bool) -> None:
+def _check_alpha(alpha: float | Tensor, distilled: bool, labels: Tensor) -> None:
     if isinstance(alpha, Tensor):
         _checks.floating("alpha", alpha)
         _checks.shape("alpha", alpha, "one value", ())
+        _checks.same_device("alpha", alpha, "labels", labels)
     else:
         _checks.fraction("alpha", alpha)
-        if alpha > 0 and not distilled:
-            raise ValueError(f"alpha needs soft_labels or teacher, got alpha={alpha} alone")
+    if not distilled and (isinstance(alpha, Tensor) or alpha > 0):
+        raise ValueError(f"alpha needs soft_labels or teacher, got alpha={alpha} alone")
 
 
 def _check_ids(ids: Tensor, labels: Tensor) -> None:
@@ -78,7 +79,7 @@ def _targets(
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
         _host.ids_within("labels", labels[labels != ignore_index], 0, vocabulary, "V")
     _checks.fraction("label_smoothing", label_smoothing)
-    _check_alpha(alpha, soft_labels is not None or teacher is not None)
+    _check_alpha(alpha, soft_labels is not None or teacher is not None, labels)
     rows, soft, head = labels.numel(), None, None
     if soft_labels is not None:
         if teacher is not None:
@@ -172,8 +173,10 @@ def masked_linear_cross_entropy(
         raise ValueError(f"weight must be [V, D] with V > 0, got shape {tuple(weight.shape)}")
     if ids is not None:
         _check_ids(ids, labels)
-    if capacity is not None and (ids is not None or capacity < 0):
-        raise ValueError(f"capacity must be at least 0 and without ids, got capacity={capacity}")
+    if capacity is not None:
+        _checks.count("capacity", capacity)
+        if ids is not None:
+            raise ValueError(f"capacity must come without ids, got capacity={capacity} and ids")
     _checks.choice("reduction", reduction, REDUCTIONS)
     targets = _targets(
         labels, vocabulary, soft_labels, teacher, alpha, ignore_index, label_smoothing

@@ -184,9 +184,10 @@ def mask_tokens(
         (tensor([[101, 103, 103, 102]]), tensor([[-100, 7592, 2088, -100]]))
     """
     _check_token_ids(input_ids)
-    _checks.dtype("token_mask", token_mask, torch.bool)
-    _checks.shape("token_mask", token_mask, "the shape of input_ids", input_ids.shape)
-    _checks.same_device("token_mask", token_mask, "input_ids", input_ids)
+    _checks.tensor("token_mask", token_mask)
+    layout = "the shape of input_ids"
+    _checks.mask("token_mask", token_mask, layout, input_ids.shape, "input_ids", input_ids)
+    _checks.integer("vocab_size", vocab_size)
     if not 0 < vocab_size < 2**31:
         raise ValueError(f"vocab_size must be in [1, 2^31), got {vocab_size}")
     _checks.index("mask_id", mask_id, vocab_size, "vocab_size")
@@ -227,9 +228,8 @@ def mask_patches(patches: Tensor, patch_mask: Tensor, mask_token: Tensor) -> Ten
     """
     _checks.rank("patches", patches, "[B, P, D]")
     _checks.floating("patches", patches)
-    _checks.dtype("patch_mask", patch_mask, torch.bool)
-    _checks.shape("patch_mask", patch_mask, "[B, P]", patches.shape[:2])
-    _checks.same_device("patch_mask", patch_mask, "patches", patches)
+    _checks.tensor("patch_mask", patch_mask)
+    _checks.mask("patch_mask", patch_mask, "[B, P]", patches.shape[:2], "patches", patches)
     _checks.floating("mask_token", mask_token)
     _checks.shape("mask_token", mask_token, "[D]", patches.shape[2:])
     _checks.same_device("mask_token", mask_token, "patches", patches)

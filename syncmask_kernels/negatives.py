@@ -18,12 +18,6 @@ class Negatives(NamedTuple):
     found: Tensor
 
 
-def _check_ids(name: str, ids: Tensor, layout: str, size: int, sim: Tensor) -> None:
-    _checks.dtype(name, ids, torch.int64)
-    _checks.shape(name, ids, layout, (size,))
-    _checks.same_device(name, ids, "sim", sim)
-
-
 def _check_mode(mode: str, margin: float, quantile: float | None, noise: Tensor | None) -> None:
     _checks.choice("mode", mode, MODES)
     if mode == "semi_hard":
@@ -42,8 +36,8 @@ def _check_mode(mode: str, margin: float, quantile: float | None, noise: Tensor 
 def _check_items(row_ids: Tensor | None, col_ids: Tensor | None, sim: Tensor) -> None:
     if row_ids is None or col_ids is None:
         raise ValueError("row_ids and col_ids must be given together, got one of them")
-    _check_ids("row_ids", row_ids, "[B]", sim.shape[0], sim)
-    _check_ids("col_ids", col_ids, "[N]", sim.shape[1], sim)
+    _checks.ids("row_ids", row_ids, "[B]", sim.shape[:1], "sim", sim)
+    _checks.ids("col_ids", col_ids, "[N]", sim.shape[1:], "sim", sim)
 
 
 def _check_noise(
@@ -93,7 +87,8 @@ def sample_negatives(
         quantile: for ``"semi_hard"``, which of the candidates below the ceiling to take, by
             similarity: 1 (default) the most similar, 0 the least, else the one of ascending rank
             ``ceil(quantile * count)`` (numpy's ``inverted_cdf``).
-        generator: where `seed` is drawn from, on the device of `sim`. Default: torch's own.
+        generator: where `seed` is drawn from, on the device of `sim`. Default: torch's own. Modes
+            that draw nothing leave it as it is.
         seed: int64 ``[2]`` on the device, instead of a generator; compiled code passes it.
         noise: ``[B, N]`` floating, in the place of the Gumbel noise that is added to the logits (in
             float32, or float64 for float64 `sim`).
@@ -132,7 +127,7 @@ def sample_negatives(
     if row_ids is not None or col_ids is not None:
         _check_items(row_ids, col_ids, sim)
     if positive is not None:
-        _check_ids("positive", positive, "[B]", rows, sim)
+        _checks.ids("positive", positive, "[B]", (rows,), "sim", sim)
         _host.ids_within("positive", positive, 0, columns, "N")
     elif mode == "semi_hard" and rows != columns:
         raise ValueError(
@@ -144,6 +139,8 @@ def sample_negatives(
         _check_noise(noise, seed, generator, sim)
     elif mode == "multinomial":
         seed = _host.philox_seed(seed, generator, sim.device)
+    elif seed is not None or generator is not None:
+        _host.check_seed(seed, generator, sim.device)
     num, den = (1, 1) if quantile is None else _host.as_fraction(quantile)
     run = backends.choose("sample_negatives", sim, sim)
     if sim.requires_grad:

@@ -16,8 +16,8 @@ from syncmask_kernels.backends.queue_losses_request import Keys
 class _Contrast(torch.autograd.Function):
     """Row losses [B] of queries [B, D]: cross entropy with the positives and the teacher's softmax.
 
-    The gradient is formed in the forward pass, in which the keys are at hand; the backward pass
-    reads none, so the queue may change before it.
+    The gradient, where it is wanted, is formed in the forward pass, in which the keys are at hand;
+    the backward pass reads none, so the queue may change before it.
     """
 
     @staticmethod
@@ -30,7 +30,7 @@ class _Contrast(torch.autograd.Function):
         alpha: float | Tensor,
     ) -> Tensor:
         losses: Tensor
-        losses, slope = run(queries, teacher, keys, alpha)
+        losses, slope = run(queries, teacher, keys, alpha, ctx.needs_input_grad[0])
         ctx.save_for_backward(slope)
         return losses
 
@@ -55,13 +55,6 @@ def _check_queue(name: str, queue: Tensor, width: int, columns: int | None, of: 
     _checks.floating(name, queue)
     _checks.shape(name, queue, "[D, Q]", (width, queue.shape[1] if columns is None else columns))
     _checks.same_device(name, queue, "the features", of)
-
-
-def _check_ids(name: str, ids: Tensor | None, layout: str, size: int, beside: Tensor) -> None:
-    if ids is not None:
-        _checks.dtype(name, ids, torch.int64)
-        _checks.shape(name, ids, layout, (size,))
-        _checks.same_device(name, ids, "the features", beside)
 
 
 def _check_weights(temperature: float | Tensor, alpha: float | Tensor, beside: Tensor) -> None:
@@ -158,8 +151,10 @@ def queue_contrastive_loss(
     columns = image_queue.shape[1]
     _check_queue("text_queue", text_queue, width, columns, image_feat)
     _check_weights(temperature, alpha, image_feat)
-    _check_ids("item_ids", item_ids, "[B]", batch, image_feat)
-    _check_ids("queue_ids", queue_ids, "[Q]", columns, image_feat)
+    if item_ids is not None:
+        _checks.ids("item_ids", item_ids, "[B]", (batch,), "image_feat", image_feat)
+    if queue_ids is not None:
+        _checks.ids("queue_ids", queue_ids, "[Q]", (columns,), "image_feat", image_feat)
     if queue_ids is not None and item_ids is None:
         raise ValueError("queue_ids must come with item_ids, got queue_ids alone")
     wide = torch.float32
@@ -250,8 +245,8 @@ def enqueue_(
     if (ids is None) != (queue_ids is None):
         raise ValueError("ids and queue_ids must be given together, got one of them")
     if ids is not None and queue_ids is not None:
-        _check_ids("ids", ids, "[B]", keys.shape[0], queue)
-        _check_ids("queue_ids", queue_ids, "[Q]", columns, queue)
+        _checks.ids("ids", ids, "[B]", keys.shape[:1], "queue", queue)
+        _checks.ids("queue_ids", queue_ids, "[Q]", (columns,), "queue", queue)
         ids = _of_all_ranks(ids)
     keys = _of_all_ranks(keys.detach())
     backends.choose("enqueue_", queue)(queue, pointer, keys, ids, queue_ids)

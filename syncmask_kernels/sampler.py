@@ -28,6 +28,12 @@ def _positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the CPU on the device, for which nobody waits."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)
+
+
 class GroupedBatchSampler(Sampler[list[int]]):
     """A batch sampler whose batches are hard: each is cut from a chain of similar examples.
 
@@ -96,6 +102,8 @@ class GroupedBatchSampler(Sampler[list[int]]):
         if item_ids is not None:
             _checks.dtype("item_ids", item_ids, torch.int64)
             _checks.shape("item_ids", item_ids, "[N]", (size,))
+            if item_ids.device.type != "cpu":
+                raise ValueError(f"item_ids must be on the CPU, got {item_ids.device}")
         self.size, self.batch_size, self.drop_last = size, batch_size, drop_last
         self.search_space, self.queue_size = search_space, queue_size
         self.item_ids, self.mode, self.seed, self.group = item_ids, mode, seed, group
@@ -209,7 +217,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
         return _Recorded(*map(torch.cat, zip(*self._queue, strict=True))) if self._queue else None
 
     def _all_grouped(self) -> Tensor:
-        empty = torch.empty(0, self.batch_size, dtype=torch.int64)
+        empty = torch.empty(0, self.batch_size, dtype=torch.int64, device="cpu")
         return torch.cat([empty, *(part.cpu() for part in self._grouped)])
 
     def _chain(self, count: int) -> None:
@@ -224,17 +232,19 @@ class GroupedBatchSampler(Sampler[list[int]]):
         self._chained += 1
         device = image_feat.device
         for part in shuffled.split(self.search_space):
-            there = part.to(device)
-            order = self._order(indices[part].to(device), image_feat[there], text_feat[there])
+            there = _sent(part, device)
+            order = self._order(indices[part], image_feat[there], text_feat[there])
             full = len(order) // self.batch_size * self.batch_size
             self._grouped.append(order[:full].view(-1, self.batch_size))
 
     def _order(self, indices: Tensor, image_feat: Tensor, text_feat: Tensor) -> Tensor:
-        items = None
+        """`indices` of the CPU in the order of a chain, on the device of the features."""
+        device, items = image_feat.device, None
         if self.item_ids is not None:
-            items = self.item_ids.to(indices.device).index_select(0, indices)
+            items = _sent(self.item_ids[indices], device)
         window = self.batch_size if items is not None else 1
-        return indices[grouped_order(image_feat, text_feat, items, mode=self.mode, window=window)]
+        order = grouped_order(image_feat, text_feat, items, mode=self.mode, window=window)
+        return _sent(indices, device)[order]
 
     def _plan(self) -> list[list[int]]:
         """The batches of this process, with the same shuffling in all of them."""

@@ -194,9 +194,9 @@ def triton_backend() -> Iterator[None]:
 def arguments(case: Case, everything: bool) -> tuple[Any, ...]:
     image, _, key, other, _, queue = map(moved, case.tensors)
     if not everything:
-        return image, None, other, queue.bfloat16(), moved(case.item_ids), None, 0.0, None
+        return image, None, other, queue.bfloat16(), moved(case.item_ids), None, 0.0, None, False
     ids = moved(case.item_ids), moved(case.queue_ids)
-    return image, key, other, queue, *ids, 0.0, moved(torch.tensor(0.4))
+    return image, key, other, queue, *ids, 0.0, moved(torch.tensor(0.4)), True
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -35,7 +35,6 @@ def _known(backend: str | None) -> str | None:
     return backend
 
 
-_serving: dict[tuple[str, str], tuple[Kernel, ...]] = {}
 _forced = _known(os.environ.get("SYNCMASK_BACKEND") or None)
 
 
@@ -76,6 +75,16 @@ def refusal(backend: str, op: str, device_type: str, call: tuple[Any, ...] = ())
     return kernel.refuses(*call) if call and kernel.refuses is not None else None
 
 
+def _serving(op: str, device_type: str) -> tuple[Kernel, ...]:
+    """The kernels that can run there, in the order of choice."""
+    order = AUTOMATIC.get(device_type, ("eager",))
+    return tuple(BACKENDS[b].KERNELS[op] for b in order if refusal(b, op, device_type) is None)
+
+
+# Small calls notice the search. torch.compile must not see the table change.
+_SERVING = {(op, device): _serving(op, device) for op in eager.KERNELS for device in AUTOMATIC}
+
+
 def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
     """The function that serves `op` for a tensor on this device.
 
@@ -87,20 +96,10 @@ def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
         if reason is not None:
             raise BackendError(f"backend {_forced!r} cannot serve {op}: {reason}")
         return BACKENDS[_forced].KERNELS[op].run
-    for kernel in _serving.get((op, device_type)) or _find_serving(op, device_type):
+    for kernel in _SERVING.get((op, device_type)) or _serving(op, device_type):
         if kernel.refuses is None or kernel.refuses(*call) is None:
             return kernel.run
     raise BackendError(f"no backend serves {op} on {tensor.device}")
-
-
-def _find_serving(op: str, device_type: str) -> tuple[Kernel, ...]:
-    """The kernels that can run there, in the order of choice; remembered, as small calls notice."""
-    backends = AUTOMATIC.get(device_type, ("eager",))
-    kernels = tuple(
-        BACKENDS[b].KERNELS[op] for b in backends if refusal(b, op, device_type) is None
-    )
-    _serving[op, device_type] = kernels
-    return kernels
 
 
 class BuildInfo(NamedTuple):

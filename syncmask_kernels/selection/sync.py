@@ -81,9 +81,7 @@ def _request(
     _checks.mask("token_valid", scoring.token_valid, "[B, T]", (batch, tokens), name, attn)
     _checks.mask("patch_valid", scoring.patch_valid, "[B, P]", (batch, patches), name, attn)
     if word_ids is not None:
-        _checks.dtype("word_ids", word_ids, torch.int64)
-        _checks.shape("word_ids", word_ids, "[B, T]", (batch, tokens))
-        _checks.same_device("word_ids", word_ids, name, attn)
+        _checks.ids("word_ids", word_ids, "[B, T]", (batch, tokens), name, attn)
 
     def given(of: str, scores: Tensor | None, layout: str, size: int) -> Tensor | None:
         """Scores or noise of the caller, in the type of scores."""

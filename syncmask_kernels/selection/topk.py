@@ -101,10 +101,7 @@ def topk_mask(
         raise ValueError(f"exactly one of k and ratio must be given, got k={k}, ratio={ratio}")
     if width is not None:
         _checks.count("width", width)
-    if valid is not None:
-        _checks.dtype("valid", valid, torch.bool)
-        _checks.shape("valid", valid, "the shape of scores", scores.shape)
-        _checks.same_device("valid", valid, "scores", scores)
+    _checks.mask("valid", valid, "the shape of scores", scores.shape, "scores", scores)
     rows = tuple(scores.shape[:-1])
     count = count_of("", scores.shape[-1], rows, scores.device, k, ratio, width)
     fixed = scores.detach()

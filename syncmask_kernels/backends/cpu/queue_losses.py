@@ -30,6 +30,6 @@ def refuses_keys(keys: Keys) -> str | None:
 
 
 def queue_contrastive_loss(
-    queries: Tensor, teacher: Tensor | None, keys: Keys, alpha: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    return queue_losses.queue_contrastive_loss(queries, teacher, keys, alpha, PASSES)
+    queries: Tensor, teacher: Tensor | None, keys: Keys, alpha: float | Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    return queue_losses.queue_contrastive_loss(queries, teacher, keys, alpha, wanted, PASSES)

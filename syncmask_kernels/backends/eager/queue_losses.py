@@ -77,7 +77,7 @@ def _blocks(keys: Keys) -> Iterator[tuple[Tensor, Tensor | None]]:
     for start in range(0, keys.queue.shape[1], size):
         part = slice(start, start + size)
         ids = None if keys.queue_ids is None else keys.queue_ids[part]
-        yield keys.queue[:, part].to(keys.batch.dtype), ids
+        yield keys.queue[:, part], ids
 
 
 def queue_contrastive_loss(
@@ -85,9 +85,10 @@ def queue_contrastive_loss(
     teacher: Tensor | None,
     keys: Keys,
     alpha: float | Tensor,
+    wanted: bool,
     passes: Passes = PLAIN_PASSES,
-) -> tuple[Tensor, Tensor]:
-    """queries and teacher [B, D] -> row losses [B] and their gradient [B, D].
+) -> tuple[Tensor, Tensor | None]:
+    """queries and teacher [B, D] -> row losses [B] and, where it is wanted, their gradient [B, D].
 
     A block of keys stays in the cache while its logits become exponentials; once the softmax of
     whole rows is known, one product with the student's less the targets is the gradient.
@@ -99,7 +100,7 @@ def queue_contrastive_loss(
     weights = [part.view(len(rows), -1) for part in room.split(sizes)]
     sums = []
     for (block, ids), logits in zip(_blocks(keys), weights, strict=True):
-        torch.mm(rows, block, out=logits)  # which autocast leaves alone
+        torch.mm(rows, block.to(rows.dtype), out=logits)  # which autocast leaves alone
         sums.append(passes.exponentials_(logits, own_ids, ids))
     of_all = Sums(*(torch.cat(parts, dim=1) for parts in zip(*sums, strict=True)))
     peak = of_all.top.amax(dim=1, keepdim=True)
@@ -112,12 +113,15 @@ def queue_contrastive_loss(
         scales[batch:] *= alpha
         target += (scales[batch:] * of_all.mixed).sum(dim=1)
         scales[batch:].neg_()
+    losses = (peak + total.log())[:batch].squeeze(1) - target
+    if not wanted:
+        return losses, None
     slope = torch.zeros_like(queries)
     parts = scales.split([x.top.shape[1] for x in sums], dim=1)
     for (block, ids), part, scale in zip(_blocks(keys), weights, parts, strict=True):
         passes.slopes_(part, scale, own_ids, ids, share)
-        slope += product(part[:batch], block.T)
-    return (peak + total.log())[:batch].squeeze(1) - target, slope
+        slope += product(part[:batch], block.T.to(part.dtype))
+    return losses, slope
 
 
 @torch.no_grad()

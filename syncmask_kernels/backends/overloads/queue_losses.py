@@ -9,7 +9,8 @@ from torch import Tensor
 SCHEMAS = {
     "queue_contrastive_loss": (
         "(Tensor queries, Tensor? teacher, Tensor own_keys, Tensor queue, Tensor own_ids,"
-        " Tensor? queue_ids, float alpha, Tensor? alpha_at) -> (Tensor losses, Tensor slope)"
+        " Tensor? queue_ids, float alpha, Tensor? alpha_at, bool wanted)"
+        " -> (Tensor losses, Tensor slope)"
     ),
     "queue_contrast_room": "(Tensor like, int size) -> Tensor",
     "queue_contrast_exponentials_": (
@@ -24,7 +25,9 @@ TILE_KEYS = 1024  # as in csrc/include/syncmask/queue_losses.h
 
 
 def _fake_queue_contrastive_loss(queries: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return queries.new_empty((queries.shape[0],)), queries.new_empty(queries.shape)
+    batch, dim = queries.shape
+    wanted = rest[-1]
+    return queries.new_empty((batch,)), queries.new_empty((batch if wanted else 0, dim))
 
 
 def _fake_room(like: Tensor, size: int) -> Tensor:

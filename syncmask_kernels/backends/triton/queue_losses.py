@@ -81,8 +81,9 @@ def contrast(
     queue_ids: Tensor | None,
     alpha: float,
     alpha_at: Tensor | None,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Row losses [B] and their gradient [B, D], through one buffer of logits."""
+    """Row losses [B] and, where it is wanted, their gradient [B, D], by one buffer of logits."""
     rows = queries if teacher is None else torch.cat((queries, teacher))
     sizes = [rows.shape[0] * n for n in (queue.shape[1], own_keys.shape[0])]
     logits = torch.empty((sum(sizes),), device=queries.device)
@@ -95,6 +96,8 @@ def contrast(
     )
     run(launches, queries)
     batch = queries.shape[0]
+    if not wanted:
+        return losses, queries.new_empty((0, queries.shape[1]))
     slope = product(own[:batch], own_keys)
     for part, keys in _parts(queue, queries.dtype):
         slope.addmm_(queued[:batch, part], keys.T)
@@ -108,11 +111,10 @@ for _device in ("cpu", "cuda") if INTERPRETED else ("cuda",):
 
 
 def queue_contrastive_loss(
-    queries: Tensor, teacher: Tensor | None, keys: Keys, alpha: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """queries and teacher [B, D] -> row losses [B] and their gradient [B, D]."""
+    queries: Tensor, teacher: Tensor | None, keys: Keys, alpha: float | Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """queries and teacher [B, D] -> row losses [B] and, where it is wanted, their gradient."""
     number, tensor = (0.0, alpha) if isinstance(alpha, Tensor) else (float(alpha), None)
-    losses, slope = _queue_contrastive_loss(
-        queries, teacher, keys.batch, keys.queue, keys.batch_ids, keys.queue_ids, number, tensor
-    )
-    return losses, slope
+    own, queued = (keys.batch, keys.queue), (keys.batch_ids, keys.queue_ids)
+    losses, slope = _queue_contrastive_loss(queries, teacher, *own, *queued, number, tensor, wanted)
+    return losses, slope if wanted else None
