@@ -298,6 +298,23 @@ def test_sycoca_rebuilds_the_patches_most_like_the_text(
     assert torch.equal(low, smk.topk_mask(scores, k=8, largest=False).mask)
 
 
+def test_sycocas_teacher_rebuilds_from_its_own_words(
+    data: Data, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = step_of(data, batch, 5, method="sycoca", mim_target="codes", distillation=0.4)
+    teacher, read = step.teacher, []
+    draw = teacher.draw
+
+    def spy(image: Tensor, words: Tensor, attended: Tensor) -> Tensor:
+        read.append(words)
+        return draw(image, words, attended)
+
+    monkeypatch.setattr(teacher, "draw", spy)
+    sycoca.losses(step)
+    (words,) = read
+    torch.testing.assert_close(words, teacher.read(batch.input_ids, batch.attended))
+
+
 # ---- SIMLA ----
 
 

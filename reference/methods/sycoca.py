@@ -38,7 +38,8 @@ def losses(step: Step[SyCoCaModel]) -> dict[str, Tensor]:
     high, low = smk.attentive_mask(scores, high_ratio=config.high_ratio, low_ratio=config.low_ratio)
 
     def see(viewer: SyCoCaModel, masked: Tensor) -> Tensor:
-        return viewer.draw(masked, words, batch.attended)
+        own = words if viewer is model else viewer.read(batch.input_ids, batch.attended)
+        return viewer.draw(masked, own, batch.attended)
 
     return {
         "itc": itc,
