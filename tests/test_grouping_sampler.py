@@ -192,6 +192,11 @@ def test_two_processes(tmp_path: Path) -> None:
         assert len(first & second) < 28
 
 
+def test_another_default_device() -> None:
+    with torch.device("meta"):
+        assert sorted(flat(smk.GroupedBatchSampler(5, 2))) == list(range(5))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -204,6 +209,11 @@ def test_two_processes(tmp_path: Path) -> None:
         ({"mode": "easy"}, ValueError, "mode must be one of"),
         ({"item_ids": torch.zeros(4).long()}, ValueError, r"item_ids must be \[N\] = \(5,\)"),
         ({"item_ids": torch.zeros(5)}, TypeError, "item_ids must be of type int64"),
+        (
+            {"item_ids": torch.zeros(5, dtype=torch.int64, device="meta")},
+            ValueError,
+            "item_ids must be on the CPU, got meta",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -118,6 +118,24 @@ def test_logits_far_beyond_exp():
         torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("names", [(), ("soft", "queued items")], ids=", ".join)
+def test_no_gradient_is_formed_where_none_is_wanted(names, monkeypatch):
+    case = Case()
+    options = case.options(names)
+    want = smk.queue_contrastive_loss(*case.tensors, 0.1, **options)
+    formed = []
+    monkeypatch.setattr(eager, "product", lambda a, b: formed.append(b.shape) or a @ b)
+    got = smk.queue_contrastive_loss(*case.tensors, 0.1, **options)
+    assert not formed
+    case.tensors[0].requires_grad_()
+    with torch.no_grad():
+        smk.queue_contrastive_loss(*case.tensors, 0.1, **options)
+    assert not formed
+    smk.queue_contrastive_loss(*case.tensors, 0.1, **options)
+    assert formed
+    assert all(map(torch.equal, got, want))
+
+
 def test_numbers_as_tensors():
     case = Case()
     number = smk.queue_contrastive_loss(*case.tensors, 0.5, alpha=0.25)

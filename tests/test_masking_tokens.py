@@ -195,6 +195,7 @@ IDS, MASK = ids_and_mask()
         (lambda: tokens(mask=MASK[:2]), ValueError, "token_mask must be .* got shape"),
         (lambda: tokens(mask_id=50), ValueError, "mask_id .* got 50"),
         (lambda: tokens(vocab_size=0), ValueError, "vocab_size .* got 0"),
+        (lambda: tokens(vocab_size=9.5), TypeError, "vocab_size must be an int, got float"),
         (lambda: tokens(probs=(0.8, 0.1)), ValueError, "probs must be three"),
         (lambda: tokens(probs=(0.8, 0.3, -0.1)), ValueError, "probs must be three"),
         (lambda: tokens(probs=(0.8, 0.1, 0.2)), ValueError, "probs must be three"),

@@ -373,6 +373,12 @@ SIM, ROWS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         ({"noise": SIM, "seed": SEED}, ValueError, "at most one of generator, seed and noise"),
         ({"generator": torch.Generator(), "seed": SEED}, ValueError, "at most one of seed and"),
         ({"seed": SEED[:1]}, ValueError, "seed must be two values"),
+        ({"mode": "hardest", "seed": SEED[:1]}, ValueError, "seed must be two values"),
+        (
+            {"mode": "hardest", "generator": torch.Generator(), "seed": SEED},
+            ValueError,
+            "at most one of seed and generator",
+        ),
     ],
 )
 def test_bad_input(options, error, text):

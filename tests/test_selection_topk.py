@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +61,8 @@ def test_ratio_is_the_exact_ceiling_of_the_valid_positions(backend: str, ratio: 
     check(scores, valid, ratio=ratio)
     check(scores, ratio=ratio, width=3)
     assert smk.topk_mask(scores, ratio=0.07).ids.shape[1] == 7
+    numpy_ratio = smk.topk_mask(scores, ratio=np.float32(ratio))
+    assert torch.equal(numpy_ratio.ids, smk.topk_mask(scores, ratio=ratio).ids)
 
 
 def test_smallest_first_keeps_nan_last(backend: str) -> None:
