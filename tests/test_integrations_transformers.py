@@ -17,7 +17,17 @@ from tests.accuracy import assert_as_accurate
 
 pytest.importorskip("transformers", minversion="5")
 
-from transformers import BertConfig, BertForMaskedLM, LxmertConfig, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GitConfig,
+    GitModel,
+    LxmertConfig,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.models.lxmert.modeling_lxmert import LxmertLMPredictionHead
 
 from syncmask_kernels.integrations.transformers import (
@@ -267,6 +277,26 @@ def test_refuses_what_it_cannot_collect() -> None:
         collect_maps(model),
     ):
         pass
+
+
+def small(kind: str) -> Any:
+    if kind == "git":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        image = sizes | {"image_size": 16, "patch_size": 8, "intermediate_size": 16}
+        return GitModel(GitConfig(vision_config=image, vocab_size=WORDS, **sizes))
+    return T5Model(T5Config(vocab_size=WORDS, d_model=16, d_ff=16, num_layers=1, num_heads=2))
+
+
+@pytest.mark.parametrize("kind", ["git", "t5"])
+def test_refuses_models_that_do_not_heed_the_registry(kind: str) -> None:
+    model = small(kind)
+    model.set_attn_implementation("syncmask")
+    for collecting in (collect_maps, capture_attention):
+        with (
+            pytest.raises(ValueError, match=r"registry of attention functions, (Git|T5)"),
+            collecting(model, kind="attentions"),
+        ):
+            pass
 
 
 def test_nothing_of_the_model_changes() -> None:

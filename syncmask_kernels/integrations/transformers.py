@@ -187,8 +187,13 @@ def _chosen_modules(
     chosen = list(range(len(modules)) if layers is None else layers)
     for layer in chosen:
         _checks.index("layers", layer, len(modules), f"number of {kind}")
-        config: Any = modules[layer].config
-        implementation = config._attn_implementation
+        config: Any = getattr(modules[layer], "config", None)
+        implementation = getattr(config, "_attn_implementation", None)
+        if implementation is None:
+            raise ValueError(
+                "model must attend by transformers' registry of attention functions, "
+                f"{type(modules[layer]).__name__} does not"
+            )
         if implementation != IMPLEMENTATION:
             raise ValueError(
                 f"model must attend with {IMPLEMENTATION!r}, got {implementation!r}: call "
@@ -244,10 +249,10 @@ def collect_maps(
         runs. With ``skip_keys=0``, ``sync_topk_mask(map.unsqueeze(1), ...)`` chooses from it.
 
     Raises:
-        ValueError: there is no such layer or kind, another attention implementation is set, or the
-            layer is asked already; from the forward pass, where a mask is more than padding
-            (causal, different from query to query, a bias): on a GPU, which is not waited for, and
-            in compiled code such a map is NaN, and the output SDPA's.
+        ValueError: there is no such layer or kind, another attention implementation is set or the
+            model heeds none (GIT, T5), or the layer is asked already; from the forward pass, where
+            a mask is more than padding (causal, different from query to query, a bias): on a GPU,
+            which is not waited for, and in compiled code such a map is NaN, and the output SDPA's.
 
     Nothing of the model is changed; it is as before when the block ends.
 
