@@ -328,12 +328,14 @@ def test_negatives_of_certain_pairs(make, pairs):
         assert not (found & (ids == torch.arange(pairs))).any()
 
 
-def test_pairs_of_one_item_are_no_negatives(make):
+def test_pairs_of_one_item_are_no_hard_negatives(make):
     model, batch = make(), make.batch(0)
     items = torch.arange(PAIRS) // 4
     albef.patch(model, negatives="hardest")
+    _, wanted, _ = copy.deepcopy(model)(*batch, alpha=ALPHA)
     with mock.patch.object(patching, "matching_loss", wraps=albef.matching_loss) as loss:
-        model(*batch, alpha=ALPHA, item_ids=items)
+        _, itc, _ = model(*batch, alpha=ALPHA, item_ids=items)
+    assert itc == wanted
     for ids, found in loss.call_args.args[3]:
         assert found.all()
         assert torch.equal(items[ids], 1 - items)

@@ -139,7 +139,7 @@ def patch(model: nn.Module, *, negatives: str = "hardest") -> Patched:
 
     Replaced, on this instance alone, is `forward`; state dict and hooks are untouched. It returns
     the host's five values and takes, by keyword, `item_ids`, `negatives` and `words` as ALBEF's
-    (`integrations.albef.patch`).
+    (`integrations.albef.patch`): ids keep pairs of one item apart in ITM, not in ITC.
 
     Args:
         model: ``ALBEF_Base`` of `models/model_pretrain_GRIT_VLP.py`, not wrapped.

@@ -195,9 +195,9 @@ def patch(
     way; the patched model can be copied, pickled and wrapped by DistributedDataParallel.
 
     ``model(image, text, alpha)`` then returns ``loss_mlm, loss_ita, loss_itm`` as before. It also
-    takes, by keyword: `item_ids` ``[B]`` int64 (pairs of one item are no negatives of each other),
-    and `negatives` (`HardNegatives`) and `words` (`MaskedWords`) to use instead of what it would
-    choose.
+    takes, by keyword: `item_ids` ``[B]`` int64 (pairs of one item are no hard negatives of each
+    other in ITM; ITC is the host's, whose only positive is the pair itself), and `negatives`
+    (`HardNegatives`) and `words` (`MaskedWords`) to use instead of what it would choose.
 
     Args:
         model: ``ALBEF`` of `models/model_pretrain.py`, not wrapped.
