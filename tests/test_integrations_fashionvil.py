@@ -6,7 +6,7 @@ Its own pretraining code runs where SYNCMASK_FASHIONVIL names a clone; see tests
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -218,6 +218,32 @@ def test_masks_of_the_teacher_go_where_the_host_has_random_ones(
         untouched = batch_of(7, task, views=1 + double_view)
         assert "token_ids" not in model.add_post_flatten_params(untouched)
     assert "token_ids" not in model.eval().add_post_flatten_params(batch_of(7, "mlm"))
+
+
+@pytest.mark.parametrize("double_view", [False, True])
+def test_words_of_each_batch_are_masked_whole(make: Make, double_view: bool) -> None:
+    model = make(double_view=double_view)
+    teacher, starts = copy.deepcopy(model.bert).eval(), torch.arange(host.VOCABULARY) % 2 == 0
+
+    def options(sample_list: Mapping[str, Any]) -> dict[str, Any]:
+        return {"token_ratio": 0.5, "word_ids": starts[sample_list["input_ids"]].cumsum(dim=1)}
+
+    given = fashionvil.Masking(teacher, host.MASK, host.SPECIAL, options)
+    assert "each batch" in str(fashionvil.patch(model, masking=given))
+    masked = []
+    for seed in (7, 8):
+        batch = batch_of(seed, "mlm", views=1 + double_view)
+        sample_list = model.add_post_flatten_params(batch)
+        chosen = sample_list["lm_label_ids"] != -1
+        piece = smk.token_valid(sample_list["input_ids"], host.SPECIAL)
+        words = options(sample_list)["word_ids"]
+        together = (words[:, 1:] == words[:, :-1]) & piece[:, 1:] & piece[:, :-1]
+        assert together.any()
+        assert torch.equal(chosen[:, 1:][together], chosen[:, :-1][together])
+        masked.append(chosen)
+    assert not torch.equal(*masked)
+    with pytest.raises(TypeError, match="got a tensor word_ids: hand over a function"):
+        masking(teacher, word_ids=words)
 
 
 def test_losses_at_known_places_are_those_of_the_masks() -> None:

@@ -7,7 +7,7 @@ are the host's; see docs/integrations/fashionvil.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,13 +63,37 @@ class Masking:
             (`ema_update_`). It does not become a part of the model.
         mask_id: `tokenizer.mask_token_id`.
         special_ids: `tokenizer.all_special_ids`.
-        options: of `sync_masks`.
+        options: of `sync_masks`, or a function of the host's `sample_list` that returns them, for
+            those that differ from batch to batch (`word_ids`, scores, noise). It is called after
+            `add_post_flatten_params`, which repeats words where there are two views.
+
+    Raises:
+        TypeError: a tensor is among options that are the same for every batch.
     """
 
     teacher: nn.Module
     mask_id: int
     special_ids: Sequence[int]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        given = {} if callable(self.options) else self.options
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                raise TypeError(
+                    f"options must be the same for every batch, got a tensor {name}: hand over a "
+                    "function of sample_list that returns them"
+                )
+
+    def of(self, sample_list: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The options for this batch."""
+        return self.options(sample_list) if callable(self.options) else self.options
+
+    def __str__(self) -> str:
+        by = "options of each batch" if callable(self.options) else dict(self.options)
+        return f"words and patches to mask chosen by the teacher, {by}"
 
 
 @torch.no_grad()
@@ -317,16 +341,15 @@ class _AddPostFlattenParams(Replacement):
         self.masking = masking
 
     def __str__(self) -> str:
-        return f"words and patches to mask chosen by the teacher, {dict(self.masking.options)}"
+        return str(self.masking)
 
     def __call__(self, sample_list: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         model, masking = self.module, self.masking
         sample_list = type(model).add_post_flatten_params(model, sample_list)
         if model.training and sample_list["task"] in MASKED_TASKS:
             special_ids = masking.special_ids
-            chosen = sync_masks(
-                masking.teacher, sample_list, special_ids=special_ids, **masking.options
-            )
+            options = masking.of(sample_list)
+            chosen = sync_masks(masking.teacher, sample_list, special_ids=special_ids, **options)
             mask_sample_list(
                 sample_list,
                 chosen,
