@@ -303,6 +303,28 @@ def test_photos_from_tar_and_folder(tmp_path, tar):
     assert len(val.images) == 1
 
 
+def test_photos_lie_where_their_names_say_upright_and_on_white(tmp_path):
+    sideways, logo, palette = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: to be turned clockwise, so that its left side is on top
+    photo = Image.new("RGB", (32, 32), "white")
+    photo.paste(RED, (0, 0, 16, 32))
+    photo.save(sideways, "JPEG", exif=exif, subsampling=0)
+    clear = Image.new("RGBA", (32, 32))
+    clear.paste((*RED, 255), (0, 0, 32, 16))
+    clear.save(logo, "PNG")
+    clear.quantize().save(palette, "PNG")
+    images = {"sideways.jpg": sideways, "img/logo.png": logo, "img/palette.png": palette}
+    lines = [line(name, "red shirt") for name in images]
+    contents = {name: file.getvalue() for name, file in images.items()}
+    write_photos(tmp_path, lines, lines[:1], contents, tar=False)
+    pairs, _ = load_photos(tmp_path, image_size=32)
+    expected = torch.full((3, 32, 32), 255)
+    expected[1:, :16] = 0
+    for image in pairs.images:
+        assert (image - expected).abs().max() <= 2
+
+
 def test_items_by_product_or_by_caption(tmp_path):
     photo = "images/red.png"
     train = [
@@ -365,7 +387,8 @@ def test_unusable_folders_raise(tmp_path):
     with pytest.raises(ValueError, match="no uncompressed tar"):
         load_data(tmp_path)
     (tmp_path / "images.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither images\.tar nor a folder images"):
+    (tmp_path / "val.jsonl").write_text(TRAIN[0])
+    with pytest.raises(TooManyBroken, match=r"(?s)2 of 2 pairs .*train\.jsonl:1: images/red\.png"):
         load_data(tmp_path)
 
 

@@ -18,7 +18,11 @@ Pixels = NDArray[np.uint8]
 
 
 def fit(image: Image.Image, size: int) -> Pixels:
-    """An image as uint8 ``[3, size, size]``: scaled to fit and padded with white."""
+    """An image upright, on white, scaled to fit and padded: uint8 ``[3, size, size]``."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     square = ImageOps.pad(image.convert("RGB"), (size, size), color="white")
     return np.asarray(square).transpose(2, 0, 1)
 

@@ -30,13 +30,14 @@ def load_photos(
     A line is an object with ``image`` (a file name in ``images.tar``, an uncompressed tar, or
     else relative to the folder), ``caption``, and if wanted ``product_id``: images with equal ids
     show one item; without it, images with equal captions do. Other keys are kept as attributes.
-    Images are scaled to fit `image_size` and padded with white to a square.
+    Images are turned upright as EXIF says, laid on white where they are transparent, scaled to fit
+    `image_size` and padded with white to a square.
 
-    A line that is no such object, or an image that cannot be decoded, is left out; a warning counts
-    and names them.
+    A line that is no such object, or an image that is missing or cannot be decoded, is left out; a
+    warning counts and names them.
 
     Raises:
-        FileNotFoundError: a file, or both ``images.tar`` and ``images/``, are missing.
+        FileNotFoundError: one of the two files is missing.
         TooManyBroken: more than the share `max_broken` is left out.
         ValueError: the tar is none, or nothing is left.
     """
@@ -54,8 +55,6 @@ def _reader(folder: Path) -> Read:
     """A thread-safe function from an image's name to its bytes."""
     archive = folder / "images.tar"
     if not archive.exists():
-        if not (folder / "images").is_dir():
-            raise FileNotFoundError(f"{folder} holds neither images.tar nor a folder images")
         return lambda name: (folder / name).read_bytes()
     places: dict[str, tuple[int, int]] = {}
     try:
