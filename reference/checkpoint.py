@@ -1,8 +1,8 @@
 """Checkpoints: folders of safetensors and JSON that are either complete or not there.
 
-``<run>/checkpoints/step-00000800/`` holds the model, its teacher, the optimiser, the schedule, the
+``<run>/checkpoints/step-00000800/`` holds the model, its teacher, the optimiser's moments, the
 step, the configuration and the tokenizer. There is no generator state: all randomness of a step is
-a function of the seed and the step.
+a function of the seed and the step. There is no learning rate or weight decay: they are options.
 """
 
 from __future__ import annotations
@@ -108,10 +108,9 @@ def _write(
     tokenizer: PreTrainedTokenizerFast,
     samplers: list[dict[str, Any]] | None,
 ) -> None:
-    optimizer = state.optimizer.state_dict()
     moments = {
         f"{parameter}.{name}": value
-        for parameter, values in optimizer["state"].items()
+        for parameter, values in state.optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
     tensors = {
@@ -124,13 +123,7 @@ def _write(
             save_file(values, temporary)
     tokenizer.save_pretrained(folder / "tokenizer")
     save_json(folder / "config.json", asdict(config))
-    progress = {
-        "step": state.step,
-        "seconds": state.seconds,
-        "param_groups": optimizer["param_groups"],
-        "schedule": state.schedule.state_dict(),
-    }
-    save_json(folder / "state.json", progress)
+    save_json(folder / "state.json", {"step": state.step, "seconds": state.seconds})
     if samplers is not None:
         torch.save(samplers, folder / "samplers.pt")
 
@@ -148,9 +141,10 @@ def load_checkpoint(folder: str | Path, state: TrainState) -> None:
     for key, value in load_file(folder / "optimizer.safetensors").items():
         parameter, name = key.split(".")
         moments.setdefault(int(parameter), {})[name] = value
-    state.optimizer.load_state_dict({"state": moments, "param_groups": progress["param_groups"]})
-    state.schedule.load_state_dict(progress["schedule"])
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step, state.seconds = progress["step"], progress["seconds"]
+    _set_schedule(state.schedule, state.step)
     if state.sampler is not None and (folder / "samplers.pt").exists():
         samplers = torch.load(folder / "samplers.pt")
         if len(samplers) != ranks.size():
@@ -159,6 +153,13 @@ def load_checkpoint(folder: str | Path, state: TrainState) -> None:
                 f"{ranks.size()}"
             )
         state.sampler.load_state_dict(samplers[ranks.rank()])
+
+
+def _set_schedule(schedule: LambdaLR, step: int) -> None:
+    schedule.last_epoch = step
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(step)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:

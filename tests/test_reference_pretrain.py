@@ -17,7 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from reference import pretrain as pretraining
-from reference.checkpoint import CheckpointError, checkpoints, load_model, save_checkpoint
+from reference.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from reference.config import PretrainConfig
 from reference.data import Data, Truth, load_data
 from reference.evaluate import (
@@ -233,6 +239,24 @@ def test_resume_takes_the_options_of_the_run(finished: Path) -> None:
     resumed = parse_config(["--output", str(finished), "--resume", "--steps", "99"])
     assert resumed == tiny(finished, resume=True, steps=99)
     assert parse_config(["--batch-size", "7"]) == PretrainConfig(batch_size=7)
+
+
+def test_resuming_takes_a_new_learning_rate_and_weight_decay(data: Data, tmp_path: Path) -> None:
+    config = tiny(tmp_path)
+    saved = build(config, data.tokenizer)
+    for _ in range(5):
+        train_step(saved, data, config)
+    new = {"learning_rate": 3e-4, "weight_decay": 0.3, "warmup_steps": 3}
+    fresh, resumed = (build(tiny(tmp_path, **new), data.tokenizer) for _ in range(2))
+    load_checkpoint(save_checkpoint(tmp_path, saved, config, data.tokenizer), resumed)
+    for state in (fresh, resumed):
+        while state.step < 6:
+            train_step(state, data, config)
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.3
+    for ours, theirs in zip(
+        resumed.optimizer.param_groups, fresh.optimizer.param_groups, strict=True
+    ):
+        assert {**ours, "params": 0} == {**theirs, "params": 0}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
