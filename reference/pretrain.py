@@ -44,7 +44,7 @@ from reference.checkpoint import (
     save_checkpoint,
 )
 from reference.config import PretrainConfig
-from reference.data import Data, PairDataset, ShardStream, TooManyBroken
+from reference.data import Data, PairDataset, ShardStream
 from reference.evaluate import evaluate
 from reference.examples import examples
 from reference.methods import METHODS, Method
@@ -75,6 +75,7 @@ def _pretrain(config: PretrainConfig) -> Path:
     ranks.wait()
     saved = checkpoints(run)[-1] if checkpoints(run) else None
     data = config.load_data(load_tokenizer(saved) if saved else None)
+    _check_size(data.train, config)
     state = build(config, data.tokenizer, data.train)
     if saved:
         load_checkpoint(saved, state)
@@ -97,6 +98,15 @@ def _open_run(run: Path, config: PretrainConfig) -> None:
         raise FileExistsError(f"{run} holds a run: resume it, or choose another output")
     run.mkdir(parents=True, exist_ok=True)
     save_json(run / CONFIG, asdict(config))
+
+
+def _check_size(pairs: PairDataset | ShardStream, config: PretrainConfig) -> None:
+    need = config.batch_size * ranks.size() * config.accumulate
+    if isinstance(pairs, PairDataset) and len(pairs) < need:
+        raise ValueError(
+            f"{config.data} has {len(pairs)} training pairs, but a step takes {need}: batch_size "
+            f"{config.batch_size} x {ranks.size()} processes x accumulate {config.accumulate}"
+        )
 
 
 class Objective(nn.Module):
@@ -131,6 +141,9 @@ def build(
         for encoder in (model, teacher):
             for part in encoder.children():
                 part.compile(dynamic=True)
+            # The image encoder is called layer by layer, never as a whole.
+            compiled = torch.compile(encoder.encode_image, dynamic=True)
+            encoder.encode_image = compiled  # type: ignore[method-assign]
     objective: nn.Module = Objective(model, method)
     if ranks.size() > 1:
         devices = [device] if device.type == "cuda" else None
@@ -300,10 +313,10 @@ def parse_config(arguments: list[str]) -> PretrainConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
+        config = parse_config(sys.argv[1:] if arguments is None else arguments)
         report = pretrain(config)
-    except (CheckpointError, OSError, TooManyBroken) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"report: {report}")
 

@@ -123,6 +123,30 @@ def test_plain_operators_train_the_same(data: Data, method: str, bfloat16: bool)
     torch.testing.assert_close(parameters, plain_parameters, rtol=1e-2, atol=1e-3)
 
 
+def test_compiled_encoders_are_what_a_step_calls(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, compile_ = set(), torch.compile
+
+    def spy(function: Any, **options: Any) -> Any:
+        traced = function.__name__ == "encode_image"  # to trace the others takes long
+        compiled = compile_(function, backend="eager", **options) if traced else function
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            entered.add(type(function.__self__).__name__)
+            return compiled(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", spy)
+    losses = []
+    for compiled in (False, True):
+        state, config = started(data, method="simla", compile=compiled)
+        losses.append(train_step(state, data, config))
+        assert entered >= ({"SimlaModel", "BertEmbeddings", "SingleStream"} if compiled else set())
+    torch.testing.assert_close(*losses)
+
+
 def test_plain_queues_hold_the_keys_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "of_all", lambda x: torch.cat([x, 10 + x]))
     queue, ids, pointer = torch.zeros(1, 5), torch.zeros(5, dtype=torch.int64), torch.tensor([3])

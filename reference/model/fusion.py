@@ -109,6 +109,11 @@ class SingleStream(FusionEncoder):
         self.embeddings = BertEmbeddings(config)
         self.post_init()
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the embeddings, too, which no forward pass calls."""
+        super().compile(*args, **options)
+        self.embeddings.compile(*args, **options)
+
     def embed(self, input_ids: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
         """Words ``[B, T]``, or vectors ``[B, S, D]`` in their place, with their positions."""
         embedded: Tensor = self.embeddings(input_ids=input_ids, inputs_embeds=vectors)
