@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import syncmask_kernels as smk
 from syncmask_kernels.integrations import torchmultimodal as adapter
 from syncmask_kernels.negatives import Negatives
 from tests.accuracy import assert_as_accurate
@@ -227,12 +228,22 @@ def test_attention_of_the_teacher_is_that_of_the_host(host: Any) -> None:
     seen = []
     attention = model.albef_model.multimodal_encoder_m.layer[1].cross_attention
     attention.attn.register_forward_hook(lambda _m, _i, out: seen.append(out[1]))
+    projected = {}
+    for name in ("query", "key", "value"):
+        getattr(attention, name).register_forward_hook(
+            lambda _m, _i, out, name=name: projected.update(
+                {name: out.detach().unflatten(-1, (SIZE.heads, -1)).transpose(1, 2)}
+            )
+        )
     captured = adapter.teacher_attention(model, teacher, batch.text_atts, [1])
     wanted = seen[0].mean(dim=1)[..., 1:]
     torch.testing.assert_close(captured.map(), wanted, rtol=1e-5, atol=1e-7)
     valid = batch.text_atts.bool()
-    chosen = captured.sync_masks(valid, token_ratio=0.5)
-    assert torch.equal(chosen.token_mask.sum(dim=1), (valid.sum(dim=1) + 1) // 2)
+    q, k, v = projected.values()
+    for weights in (None, v):
+        got = captured.sync_masks(valid, token_ratio=0.5, weigh_by_value=weights is not None)
+        expected = smk.sync_topk_mask_qk(q, k, valid, v=weights, token_ratio=0.5)
+        torch.testing.assert_close(got._asdict(), expected._asdict())
 
 
 def test_attention_heeds_a_mask_of_keys(host: Any) -> None:

@@ -509,15 +509,25 @@ def test_the_maps_choose_what_eager_attentions_choose() -> None:
 
 
 def test_captured_inputs_choose_by_every_rule() -> None:
-    """From q and k: what softmaxed attention with its normaliser gives, and value weights."""
+    """From q, k and v, which are those that the layers project."""
     teacher, given = bert().bert.eval(), inputs(batch=16)
     teacher.set_attn_implementation("syncmask")
     for module in teacher.modules():
         if hasattr(module, "scaling"):
             module.scaling *= 1.5
+    projected: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+    hooks = [
+        getattr(teacher.encoder.layer[i].crossattention.self, name).register_forward_hook(
+            lambda _m, _i, out, into=into: into.append(out.unflatten(-1, (4, -1)).transpose(1, 2))
+        )
+        for i in (0, 2)
+        for name, into in projected.items()
+    ]
     with torch.no_grad():
         with capture_attention(teacher, [0, 2]) as captured:
             teacher(**given)
+        for hook in hooks:
+            hook.remove()
         with collect_maps(teacher, [0, 2]) as maps:
             teacher(**given)
         attn = eager_attentions(teacher, **given).cross_attentions
@@ -525,6 +535,14 @@ def test_captured_inputs_choose_by_every_rule() -> None:
     wanted = (head_means(attn)[0] + head_means(attn)[2]) / 2
     torch.testing.assert_close(captured.map(), wanted, rtol=1e-5, atol=1e-6)
     valid = smk.token_valid(given["input_ids"], [0, CLS, SEP])
-    chosen = captured.sync_masks(valid, weigh_by_value=True, token_score="dual")
-    assert torch.equal(chosen.token_mask & valid, chosen.token_mask)
-    assert chosen.patch_mask.shape == (16, 10)
+    for rules in ({}, {"token_score": "dual"}):
+        got = captured.sync_masks(valid, weigh_by_value=True, **rules)
+        expected = smk.sync_topk_mask_qk(
+            [1.5 * q for q in projected["query"]],
+            projected["key"],
+            valid,
+            v=projected["value"],
+            key_valid=given["encoder_attention_mask"].bool(),
+            **rules,
+        )
+        torch.testing.assert_close(got._asdict(), expected._asdict())
