@@ -35,6 +35,7 @@ from tests.hosts.albef import (
     real_albef,
 )
 from tests.hosts.albef_standin import standin
+from tests.hosts.attributes import all_of, same
 
 ALPHA, PAIRS, WORDS = 0.4, 8, 12
 TINY = Size(
@@ -397,24 +398,6 @@ def test_without_distillation_the_teacher_reads_once(make):
     got = model(*batch, alpha=0, negatives=negatives_of(draws), words=draws.words)
     assert len(calls) == 1
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=0)
-
-
-def all_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every attribute of every submodule: parameters, hooks, methods of the instance."""
-    return {
-        f"{name}.{key}": dict(value) if isinstance(value, dict) else value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-    }
-
-
-def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    if before.keys() != after.keys():
-        return False
-    return all(
-        same(value, after[key]) if isinstance(value, dict) else value is after[key]
-        for key, value in before.items()
-    )
 
 
 def test_unpatch_leaves_the_model_as_it_was(make):

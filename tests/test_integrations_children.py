@@ -19,6 +19,7 @@ from syncmask_kernels.negatives import Negatives
 from tests.accuracy import assert_as_accurate
 from tests.hosts import children, children_standins
 from tests.hosts.albef import MASK, Batch, Size, make_batch
+from tests.hosts.attributes import all_of, same
 
 ALPHA, PAIRS, WORDS = 0.4, 8, 12
 SIZE = Size(width=32, image=32, queue=32, vocabulary=150)
@@ -195,7 +196,7 @@ def test_a_step_in_single_precision_is_as_accurate_as_the_host(child: Any) -> No
 
 def test_unpatching_leaves_the_model_as_it_was(child: Any) -> None:
     model = made(child)
-    state, names = copy.deepcopy(model.state_dict()), {n: set(vars(m)) for n, m in modules(model)}
+    state, before = copy.deepcopy(model.state_dict()), all_of(model)
     patched = child.patch(model)
     assert "loop" in str(patched)
     with pytest.raises(ValueError, match="patched already"):
@@ -205,14 +206,10 @@ def test_unpatching_leaves_the_model_as_it_was(child: Any) -> None:
     child.unpatch(other)
     assert "forward" not in vars(other)
     patched.unpatch()
-    assert {n: set(vars(m)) for n, m in modules(model)} == names
+    assert same(before, all_of(model))
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
     child.host_step(model, 0, torch.float32)
-
-
-def modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(model.named_modules())
 
 
 def test_a_model_of_another_kind_is_refused(child: Any) -> None:

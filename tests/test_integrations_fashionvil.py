@@ -19,6 +19,7 @@ from syncmask_kernels.integrations import fashionvil
 from syncmask_kernels.integrations.bert_attention import capture_attention
 from tests.accuracy import assert_as_accurate
 from tests.hosts import fashionvil as host
+from tests.hosts.attributes import all_of, same
 from tests.hosts.mmf import real_fashionvil
 
 Make = Callable[..., nn.Module]
@@ -195,7 +196,7 @@ def test_masks_of_the_teacher_go_where_the_host_has_random_ones(
 ) -> None:
     model = make(double_view=double_view)
     teacher = copy.deepcopy(model.bert).eval()
-    keys = set(model.state_dict())
+    keys, before = set(model.state_dict()), all_of(model)
     patched = fashionvil.patch(model, masking=masking(teacher, patch_k=3, token_ratio=0.5))
     assert "teacher" in str(patched)
     assert set(model.state_dict()) == keys
@@ -218,6 +219,8 @@ def test_masks_of_the_teacher_go_where_the_host_has_random_ones(
         untouched = batch_of(7, task, views=1 + double_view)
         assert "token_ids" not in model.add_post_flatten_params(untouched)
     assert "token_ids" not in model.eval().add_post_flatten_params(batch_of(7, "mlm"))
+    patched.unpatch()
+    assert same(before, all_of(model.train()))
 
 
 @pytest.mark.parametrize("double_view", [False, True])

@@ -14,6 +14,7 @@ import syncmask_kernels as smk
 from syncmask_kernels.integrations import torchmultimodal as adapter
 from syncmask_kernels.negatives import Negatives
 from tests.accuracy import assert_as_accurate
+from tests.hosts.attributes import all_of, same
 from tests.hosts.torchmultimodal import (
     Batch,
     Draws,
@@ -169,13 +170,9 @@ def test_what_was_not_found_is_not_counted(host: Any) -> None:
     assert loss(1, 3) != loss(1, 4)
 
 
-def everything(model: nn.Module) -> list[dict[str, Any]]:
-    return [dict(vars(module)) for module in model.modules()]
-
-
 def test_patch_and_unpatch_leave_the_model_as_it_was(host: Any) -> None:
     model = build(host, SIZE)
-    before, keys = everything(model), list(model.state_dict())
+    before, keys = all_of(model), list(model.state_dict())
     patched = adapter.patch(model)
     assert list(model.state_dict()) == keys
     assert "_train_forward  EMA in place" in str(patched)
@@ -184,7 +181,7 @@ def test_patch_and_unpatch_leave_the_model_as_it_was(host: Any) -> None:
     model(*batch_of(), 0.4).backward()
     model.zero_grad()
     patched.unpatch()
-    assert everything(model) == before
+    assert same(before, all_of(model))
 
 
 def test_a_copy_is_patched_itself_and_checkpoints_go_either_way(host: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import syncmask_kernels as smk
 from tests.accuracy import assert_as_accurate
+from tests.hosts.attributes import all_of, same
 
 pytest.importorskip("transformers", minversion="5")
 
@@ -301,13 +302,13 @@ def test_refuses_models_that_do_not_heed_the_registry(kind: str) -> None:
 
 def test_nothing_of_the_model_changes() -> None:
     model = bert()
-    before = [(m, dict(vars(m))) for m in model.modules()]
+    before = all_of(model)
     implementation = model.config._attn_implementation
     model.set_attn_implementation("syncmask")
     with torch.no_grad(), collect_maps(model):
         model(**inputs())
     model.set_attn_implementation(implementation)
-    assert all(vars(m) == attributes for m, attributes in before)
+    assert same(before, all_of(model))
     assert "syncmask" not in str(model.config.to_dict())
 
 
