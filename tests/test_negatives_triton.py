@@ -152,7 +152,7 @@ def test_opcheck() -> None:
         (sim.t(), None, None, None, None, 0, 0.0, 1, 1, seed, None),
         (sim, ids[:2], sim > 1, ids[:2], ids, 1, 0.0, 1, 1, None, None),
     ]:
-        torch.library.opcheck(negatives._sample_negatives, call)
+        torch.library.opcheck(negatives.sample_negatives, call)
 
 
 def test_compiles() -> None:
