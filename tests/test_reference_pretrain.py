@@ -235,6 +235,19 @@ def test_a_run_is_not_overwritten_and_nothing_is_not_resumed(
         pretrain(tiny(tmp_path / "new", resume=True))
 
 
+@pytest.mark.parametrize("batches", ["shuffled", "hardest"])
+def test_fewer_pairs_than_a_step_takes(batches: str, tmp_path: Path) -> None:
+    sizes = ["--items", "20", "--batch_size", "14", "--accumulate", "3"]
+    need = "40 training pairs, but a step takes 42: batch_size 14 x 1 processes x accumulate 3"
+    with pytest.raises(SystemExit, match=f"error: catalogue has {need}"):
+        pretraining.main(["--output", str(tmp_path), "--batches", batches, *sizes])
+
+
+def test_a_bad_option_is_named_without_a_traceback() -> None:
+    with pytest.raises(SystemExit, match=r"^error: batch_size must be at least 2"):
+        pretraining.main(["--batch_size", "1"])
+
+
 def test_resume_takes_the_options_of_the_run(finished: Path) -> None:
     resumed = parse_config(["--output", str(finished), "--resume", "--steps", "99"])
     assert resumed == tiny(finished, resume=True, steps=99)
