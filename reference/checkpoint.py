@@ -77,7 +77,9 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or refuses; the older checkpoints are still there.
     """
-    samplers = None if state.sampler is None else ranks.gathered(state.sampler.state_dict())
+    samplers = None
+    if state.sampler is not None:
+        samplers = ranks.gathered(_features_to("cpu", state.sampler.state_dict()))
     folder = Path(run_dir) / "checkpoints" / f"step-{state.step:08d}"
     if ranks.rank() > 0:
         return folder
@@ -146,13 +148,21 @@ def load_checkpoint(folder: str | Path, state: TrainState) -> None:
     state.step, state.seconds = progress["step"], progress["seconds"]
     _set_schedule(state.schedule, state.step)
     if state.sampler is not None and (folder / "samplers.pt").exists():
-        samplers = torch.load(folder / "samplers.pt")
+        samplers = torch.load(folder / "samplers.pt", map_location="cpu")
         if len(samplers) != ranks.size():
             raise CheckpointError(
                 f"{folder} is of {len(samplers)} processes with batches of their own, not of "
                 f"{ranks.size()}"
             )
-        state.sampler.load_state_dict(samplers[ranks.rank()])
+        state.sampler.load_state_dict(_features_to(ranks.device(), samplers[ranks.rank()]))
+
+
+def _features_to(device: str | torch.device, sampler: dict[str, Any]) -> dict[str, Any]:
+    """A sampler's state with what it recorded on another device; indices stay on the CPU."""
+    if sampler.get("queue") is None:
+        return sampler
+    indices, *features = sampler["queue"]
+    return sampler | {"queue": (indices, *(x.to(device) for x in features))}
 
 
 def _set_schedule(schedule: LambdaLR, step: int) -> None:
@@ -183,5 +193,7 @@ def load_model(
     values: dict[str, Any] = load_json(folder / "config.json")
     config, tokenizer = PretrainConfig(**values), load_tokenizer(folder)
     model = METHODS[config.method].model(config, len(tokenizer), tokenizer.pad_token_id)
+    if weights == "teacher":
+        model.queue = None
     model.load_state_dict(load_file(folder / f"{weights}.safetensors"))
     return model.to(device).eval(), config, tokenizer

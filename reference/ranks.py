@@ -85,11 +85,12 @@ def mean(x: Tensor) -> Tensor:
     return total / size()
 
 
-def gathered(value: Any) -> list[Any]:
-    """The values of all ranks, in their order."""
-    values = [value] * size()
-    if size() > 1:
-        distributed.all_gather_object(values, value)
+def gathered(value: Any) -> list[Any] | None:
+    """The values of all ranks, in their order, on the first rank."""
+    if size() == 1:
+        return [value]
+    values = [None] * size() if rank() == 0 else None
+    distributed.gather_object(value, values)
     return values
 
 

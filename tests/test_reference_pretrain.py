@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import syncmask_kernels as smk
 from reference import pretrain as pretraining
 from reference.checkpoint import (
     CheckpointError,
@@ -208,6 +209,34 @@ def test_an_unwritable_checkpoint_leaves_the_last_one(
     assert [path.name for path in saved.parent.iterdir()] == ["step-00000000"]
     save_checkpoint(tmp_path, state, config, data.tokenizer)
     assert [path.name for path in saved.parent.iterdir()] == ["step-00000007"]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that only ``to`` brings to the CPU."""
+
+    def to(self, *device: Any, **_: Any) -> torch.Tensor:
+        assert device == ("cpu",)
+        return self.as_subclass(torch.Tensor)
+
+
+def test_recorded_features_leave_their_device_and_come_back(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, batches="hardest")
+    state, resumed = (build(config, data.tokenizer, data.train) for _ in range(2))
+    assert isinstance(state.sampler, smk.GroupedBatchSampler)
+    assert isinstance(resumed.sampler, smk.GroupedBatchSampler)
+    rows = torch.arange(8)
+    state.sampler.record(rows, *torch.randn(2, 8, 4))
+    part = state.sampler._queue[0]
+    features = [x.as_subclass(OnDevice) for x in part[1:]]
+    state.sampler._queue = [part._replace(image_feat=features[0], text_feat=features[1])]
+    saved = save_checkpoint(tmp_path, state, config, data.tokenizer)
+    monkeypatch.setattr("reference.ranks.device", lambda: torch.device("meta"))
+    load_checkpoint(saved, resumed)
+    (part,) = resumed.sampler._queue
+    assert torch.equal(part.indices, rows)
+    assert part.image_feat.device.type == part.text_feat.device.type == "meta"
 
 
 def test_what_a_killed_writer_left_is_cleared_away(data: Data, tmp_path: Path) -> None:
