@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -89,12 +88,8 @@ def save_checkpoint(
     try:
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            try:
-                _write(temporary, state, config, tokenizer, samplers)
-            except BaseException:
-                shutil.rmtree(temporary)
-                raise
-    except (OSError, SafetensorError) as error:
+            _write(temporary, state, config, tokenizer, samplers)
+    except Exception as error:  # safetensors, tokenizers and torch raise each their own
         kept = checkpoints(run_dir)
         last = f"the last complete one is {kept[-1]}" if kept else "there is none before it"
         raise CheckpointError(f"cannot write checkpoint {folder}: {error}; {last}") from error
@@ -121,8 +116,7 @@ def _write(
         "optimizer": moments,
     }
     for name, values in tensors.items():
-        with atomic_path(folder / f"{name}.safetensors") as temporary:
-            save_file(values, temporary)
+        save_file(values, folder / f"{name}.safetensors")
     tokenizer.save_pretrained(folder / "tokenizer")
     save_json(folder / "config.json", asdict(config))
     save_json(folder / "state.json", {"step": state.step, "seconds": state.seconds})

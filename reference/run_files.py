@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ class Evaluation(TypedDict, total=False):
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; replace `path` by it once the body has succeeded.
 
-    The content and the rename are flushed to disk. If the body raises, `path` is left as it was.
+    The body makes a file or a folder. The content and the rename are flushed to disk. If the body
+    raises, `path` is left as it was.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -159,11 +161,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush(temporary)
+        for written in (*temporary.rglob("*"), temporary):
+            _flush(written)
         os.replace(temporary, path)
         _flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import syncmask_kernels as smk
 from reference import pretrain as pretraining
+from reference import run_files
 from reference.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -209,6 +210,39 @@ def test_an_unwritable_checkpoint_leaves_the_last_one(
     assert [path.name for path in saved.parent.iterdir()] == ["step-00000000"]
     save_checkpoint(tmp_path, state, config, data.tokenizer)
     assert [path.name for path in saved.parent.iterdir()] == ["step-00000007"]
+
+
+def test_all_of_a_checkpoint_is_flushed_or_nothing_stays(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(tmp_path, batches="hardest")
+    state = build(config, data.tokenizer, data.train)
+    flushed = set()
+    flush = run_files._flush
+    monkeypatch.setattr(run_files, "_flush", lambda path: flushed.add(path.name) or flush(path))
+    saved = save_checkpoint(tmp_path, state, config, data.tokenizer)
+    files = {path.name for path in saved.rglob("*")}
+    assert {"samplers.pt", "tokenizer", "tokenizer.json", "model.safetensors"} <= files <= flushed
+
+    def full(_: Path) -> None:
+        raise Exception("File too large (os error 27)")  # as tokenizers has it
+
+    monkeypatch.setattr(data.tokenizer, "save_pretrained", full)
+    state.step = 3
+    with pytest.raises(CheckpointError, match=r"File too large.*last complete one is"):
+        save_checkpoint(tmp_path, state, config, data.tokenizer)
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_what_fails_in_a_folder_is_told_and_cleared_away(tmp_path: Path) -> None:
+    def fail_halfway() -> None:
+        with run_files.atomic_path(tmp_path / "a") as folder:
+            (folder / "b").mkdir(parents=True)
+            raise RuntimeError("the cause")
+
+    with pytest.raises(RuntimeError, match="the cause"):
+        fail_halfway()
+    assert not list(tmp_path.iterdir())
 
 
 class OnDevice(torch.Tensor):
