@@ -21,7 +21,7 @@ from reference.checkpoint import checkpoints, load_model
 from reference.config import PretrainConfig
 from reference.data import PairDataset, Truth, kind_of
 from reference.downstream.config import DownstreamConfig
-from reference.downstream.features import Encodings
+from reference.downstream.features import CHUNK, Encodings
 from reference.downstream.retrieval import full
 from reference.downstream.tasks import run_tasks
 from reference.masks import random_like
@@ -39,7 +39,6 @@ from reference.run_files import (
     save_json,
 )
 
-CHUNK = 256
 RANDOM_DRAWS = 20
 
 

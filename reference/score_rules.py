@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import syncmask_kernels as smk
 from reference.batch import Batch
 from reference.masks import image_effect
 from reference.model import SyncMaskModel
@@ -81,8 +82,5 @@ def _of_layer(layer: QKV, token_valid: Tensor) -> tuple[Scores, Scores]:
 
 def _image_to_text(layer: QKV, attended: Tensor) -> Scores:
     """Rules on one cross-attention whose patches query words."""
-    query, key, _ = layer
-    logits = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-    logits = logits.masked_fill(~attended[:, None, None], -torch.inf)
-    attn = logits.softmax(dim=3).mean(dim=1)
+    attn = smk.attention_map(layer[0], layer[1], key_valid=attended, skip_keys=0)
     return {"image to text, cls": attn[:, 0], "image to text, max": attn[:, 1:].amax(dim=1)}

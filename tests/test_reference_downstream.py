@@ -137,7 +137,7 @@ def test_the_head_learns_to_take_the_new_colour_and_keep_the_type() -> None:
     image = F.normalize(image.float(), dim=1)
     text = F.one_hot(torch.tensor([8 + int(word[1:]) for word in changes.words]), 12).float()
     reference = image[changes.reference]
-    query = Features(reference, text, None, reference, text)
+    query = Features(reference, text, torch.zeros_like(text), reference, text)
     asked = Asked(changes, query, image)
 
     def right(queries: Tensor) -> float:
@@ -222,13 +222,15 @@ def test_probes_recognise_what_their_input_tells() -> None:
     kinds = torch.arange(300) % 4
     labels = [["bag", "bag", "cap", "sock"][kind] for kind in kinds]
     telling, noise = F.one_hot(kinds, 4) + 0.1 * torch.randn(300, 4), torch.randn(300, 4)
-    train = Features(telling, noise, None, noise, noise)
-    val = Features(telling[:90], noise[:90], None, noise, noise)
+    train = Features(telling, noise, noise + telling, noise, noise)
+    val = Features(*(part[:90] for part in train))
     # 46 bags, 22 caps, and 22 hats that look like socks.
     names = [{"sock": "hat"}.get(label, label) for label in labels[:90]]
     found = recognise(encodings(train, val, (labels, names)), "kind")
-    assert set(found["probes"]) == {"image", "text"}
+    assert set(found["probes"]) == {"image", "text", "fused"}
     assert found["probes"]["image"]["accuracy"] == pytest.approx(68 / 90)
+    accuracies = [found["probes"][kind]["accuracy"] for kind in ("text", "fused", "image")]
+    assert accuracies == sorted(set(accuracies))
     assert found["probes"]["image"]["macro_f"] == pytest.approx(2 / 3)
     assert found["probes"]["text"]["accuracy"] < 0.6
     assert found["chance"]["most_frequent"]["accuracy"] == pytest.approx(46 / 90)

@@ -45,12 +45,11 @@ def recognise(encodings: Encodings, label: str) -> LabelRecognition:
     """
     splits = (encodings.train_pairs, encodings.data.val)
     wanted, truth = (np.asarray(column(split.records, label)) for split in splits)
-    inputs = zip(INPUTS, encodings.train, encodings.val, strict=False)
     probes = {}
-    for kind, x, y in tqdm(list(inputs), f"recognise {label}", unit="probe"):
-        if x is not None:
-            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-            probes[kind] = _scores(truth, probe.fit(x.numpy(), wanted).predict(y.numpy()))
+    for kind in tqdm(INPUTS, f"recognise {label}", unit="probe"):
+        x, y = (getattr(split, kind).numpy() for split in (encodings.train, encodings.val))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probes[kind] = _scores(truth, probe.fit(x, wanted).predict(y))
     # Repeated, so that what is drawn averages out.
     many = np.tile(truth, 100)
     chance = {}

@@ -199,8 +199,7 @@ class Composer(nn.Module):
 
 
 def _parts(query: Features) -> Tensor:
-    parts = (query.image_features, query.text_features, query.fused)
-    return torch.cat([part for part in parts if part is not None], dim=1)
+    return torch.cat([query.image_features, query.text_features, query.fused], dim=1)
 
 
 def train_head(asked: Asked, config: DownstreamConfig) -> Composer:
@@ -217,7 +216,7 @@ def train_head(asked: Asked, config: DownstreamConfig) -> Composer:
         chosen = by_group[start[rows] + (torch.rand(len(rows)) * count[rows]).long()]
         against = torch.cat([chosen, changes.reference[rows]])
         right = changes.wanted[rows, None] == changes.groups[against]
-        query = Features._make(part if part is None else part[rows] for part in asked.query)
+        query = Features._make(part[rows] for part in asked.query)
         logits = head(query) @ asked.candidates[against].T / TEMPERATURE
         loss = F.cross_entropy(logits, right / right.sum(dim=1, keepdim=True))
         optimizer.zero_grad()
