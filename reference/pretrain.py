@@ -137,6 +137,7 @@ def build(
     method, device = METHODS[config.method], ranks.device()
     model = method.model(config, len(tokenizer), tokenizer.pad_token_id).to(device)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    teacher.queue = None  # the student contrasts with one
     if config.compile:
         for encoder in (model, teacher):
             for part in encoder.children():

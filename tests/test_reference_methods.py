@@ -101,6 +101,7 @@ def test_a_run_resumes_with_the_same_losses(
     assert logged(whole) == logged(cut)
     model, config, _ = load_model(checkpoints(cut)[-1])
     assert type(model) is METHODS[method].model
+    assert model.queue is None  # it is the student's
     assert config.method == method
 
 
