@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,10 +25,23 @@ class _Complete(Exception):
     """Ends a forward of which nothing more is wanted."""
 
 
-class _Tap:
+@dataclass
+class Attended:
     """What one attention module projected last, ``[B, H, length, D]``, and which keys it saw."""
 
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    key_valid: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.seen) == len(PROJECTIONS)
+
+
+class _Tap(Attended):
+    """Filled as the module runs."""
+
     def __init__(self, module: Any) -> None:
+        super().__init__()
         for name in PROJECTIONS:
             if not isinstance(getattr(module, name, None), nn.Module):
                 raise TypeError(
@@ -44,8 +58,6 @@ class _Tap:
                 f"position_embedding_type={module.position_embedding_type!r}"
             )
         self.module, self.signature = module, inspect.signature(module.forward)
-        self.seen: dict[str, Tensor] = {}
-        self.key_valid: Tensor | None = None
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = self.signature.bind(*args, **kwargs).arguments
@@ -54,30 +66,26 @@ class _Tap:
         crossed = given.get("encoder_hidden_states") is not None
         mask = given.get("encoder_attention_mask" if crossed else "attention_mask")
         self.seen = {}
-        self.key_valid = None if mask is None else _valid_keys(mask)
+        self.key_valid = None if mask is None else masked_keys(mask) == 0
 
     def see(self, name: str, projected: Tensor) -> None:
         heads = self.module.num_attention_heads
         self.seen[name] = projected.detach().unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    @property
-    def complete(self) -> bool:
-        return len(self.seen) == len(PROJECTIONS)
 
-
-def _valid_keys(mask: Tensor) -> Tensor:
-    """An additive mask, 0 where a key takes part -> bool, ``[B, S]`` or what expands to it."""
+def masked_keys(mask: Tensor) -> Tensor:
+    """A mask ``[B, 1, 1, S]``, of keys alone -> ``[B, S]``, or what expands to it."""
     if mask.dim() != 4 or mask.shape[1:3] != (1, 1):
         raise ValueError(
             f"modules must mask keys alone, [B, 1, 1, S], got a mask of shape {tuple(mask.shape)}"
         )
-    return mask[:, 0, 0] == 0
+    return mask[:, 0, 0]
 
 
 class Captured:
     """Attention of the modules handed to `capture_attention`, each in its last forward."""
 
-    def __init__(self, taps: Sequence[_Tap]) -> None:
+    def __init__(self, taps: Sequence[Attended]) -> None:
         self._taps = taps
 
     def _of_all(self, name: str) -> list[Tensor]:

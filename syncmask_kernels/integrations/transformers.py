@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from syncmask_kernels import _checks
 from syncmask_kernels.attention import attention_map, attention_with_map, wants_grad
-from syncmask_kernels.integrations.bert_attention import Captured
+from syncmask_kernels.integrations.bert_attention import Attended, Captured
 from syncmask_kernels.integrations.mlm import masked_lm_loss
 
 __all__ = ["IMPLEMENTATION", "Captured", "capture_attention", "collect_maps", "masked_lm_loss"]
@@ -44,7 +43,7 @@ class _MapWanted(NamedTuple):
 class _InputsWanted(NamedTuple):
     """What `Captured` reads the inputs of one attention module from."""
 
-    tap: SimpleNamespace
+    attended: Attended
     queries: slice
 
 
@@ -119,7 +118,7 @@ def _attend(
     valid, factor = _key_valid(module, attention_mask, request.queries, query.shape[0])
     queries = query[:, :, request.queries]
     if isinstance(request, _InputsWanted):
-        _keep(request.tap, queries, key, value, valid, factor, scaling)
+        _keep(request.attended, queries, key, value, valid, factor, scaling)
         return served()
     given: dict[str, Any] = {"key_valid": valid, "scale": scaling, "skip_keys": request.skip_keys}
     whole = factor is None and queries.shape == query.shape
@@ -133,7 +132,7 @@ def _attend(
 
 
 def _keep(
-    tap: SimpleNamespace,
+    attended: Attended,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -148,8 +147,8 @@ def _keep(
     if factor is not None:
         query = query * factor.to(query.dtype)
     inputs = {"query": query, "key": key, "value": value}
-    tap.seen = {name: tensor.detach() for name, tensor in inputs.items()}
-    tap.key_valid, tap.complete = valid, True
+    attended.seen = {name: tensor.detach() for name, tensor in inputs.items()}
+    attended.key_valid = valid
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
@@ -320,7 +319,7 @@ def capture_attention(
         tensor([8, 8, 8])
     """
     modules = _chosen_modules(model, layers, kind, queries)
-    taps: list[Any] = [SimpleNamespace(complete=False) for _ in modules]
+    taps = [Attended() for _ in modules]
     wanted = {layer: _InputsWanted(tap, queries) for layer, tap in zip(modules, taps, strict=True)}
     with _asking(modules, wanted):
         yield Captured(taps)
