@@ -212,12 +212,41 @@ def test_unpatching_leaves_the_model_as_it_was(child: Any) -> None:
     child.host_step(model, 0, torch.float32)
 
 
-def test_a_model_of_another_kind_is_refused(child: Any) -> None:
-    model = made(child)
+def extra_module(model: Any) -> None:
     model.extra = nn.Linear(1, 1)
+
+
+def extra_parameter(model: Any) -> None:
+    model.extra = nn.Parameter(torch.zeros(1))
+
+
+def extra_buffer(model: Any) -> None:
+    model.register_buffer("extra", torch.zeros(1))
+
+
+def extra_argument(model: Any) -> None:
+    class Other(type(model)):
+        def forward(self, image: Tensor, text: Any, extra: Tensor) -> None: ...
+
+    model.__class__ = Other
+
+
+@pytest.mark.parametrize("add", [extra_module, extra_parameter, extra_buffer, extra_argument])
+def test_a_model_of_another_kind_is_refused(child: Any, add: Callable[[Any], None]) -> None:
+    model = made(child)
+    add(model)
     with pytest.raises(TypeError, match=r"model must be .* extra"):
         child.patch(model)
     assert "forward" not in vars(model)
+
+
+def test_what_is_no_model_is_refused(child: Any) -> None:
+    with pytest.raises(TypeError, match="Module, got str"):
+        child.patch("x")
+    model = made(child)
+    del model.temp
+    with pytest.raises(TypeError, match="lacks the parameters temp"):
+        child.patch(model)
     with pytest.raises(ValueError, match="negatives must be one of"):
         child.patch(made(child), negatives="soft")
 

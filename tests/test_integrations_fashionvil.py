@@ -318,6 +318,8 @@ def test_a_positive_is_never_taken_for_a_negative(make: Make, double_view: bool)
 
 
 def test_what_is_not_fashionvil_is_refused() -> None:
+    with pytest.raises(TypeError, match="Module, got str"):
+        fashionvil.patch("x")
     with pytest.raises(TypeError, match="Linear lacks bert"):
         fashionvil.patch(nn.Linear(1, 1))
     model = host.FashionViL()

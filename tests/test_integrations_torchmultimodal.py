@@ -197,7 +197,10 @@ def test_a_copy_is_patched_itself_and_checkpoints_go_either_way(host: Any) -> No
 
 def test_refuses_what_it_does_not_know(host: Any) -> None:
     model = build(host, SIZE)
-    for part, message in ((model.model_with_similarity, "has no model_with"), (model, "itm_head")):
+    for part, message in (
+        (model.model_with_similarity, "model_with_similarity"),
+        (model, "lacks the modules itm_head"),
+    ):
         if part is model:
             del model.itm_head
         with pytest.raises(TypeError, match=message):
@@ -206,6 +209,11 @@ def test_refuses_what_it_does_not_know(host: Any) -> None:
     model.itc_loss = nn.Identity()
     with pytest.raises(TypeError, match="ImageTextContrastiveLoss"):
         adapter.patch(model)
+    del model.model_with_similarity.temp
+    with pytest.raises(TypeError, match=r"lacks model_with_similarity\.temp"):
+        adapter.patch(model)
+    with pytest.raises(TypeError, match="Module, got str"):
+        adapter.patch("albef")
     with pytest.raises(ValueError, match="negatives must be one of"):
         adapter.patch(build(host, SIZE), negatives="hard")
     with pytest.raises(TypeError, match=r"no layer\[i\]"), adapter.capture_attention(model):

@@ -24,6 +24,7 @@ from syncmask_kernels.integrations.albef import (
     matching_loss,
 )
 from syncmask_kernels.integrations.albef.patching import Enqueue, MomentumUpdate
+from syncmask_kernels.integrations.checking import check_host
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 
 __all__ = [
@@ -43,14 +44,7 @@ _ENCODERS = (
     "combine_vision_proj",
     "combine_text_proj",
 )
-_MODULES = {
-    *_ENCODERS,
-    *(f"{name}_m" for name in _ENCODERS),
-    "itm_head",
-    "decoder_layer",
-    "replace_predict_layer",
-}
-_BUFFERS = {"image_queue", "text_queue", "queue_ptr", "idx_queue"}
+_OTHERS = ("itm_head", "decoder_layer", "replace_predict_layer")
 
 
 class Losses(NamedTuple):
@@ -142,26 +136,23 @@ def patch(model: nn.Module, *, negatives: str = "multinomial") -> Patched:
         negatives: mode of `sample_negatives`.
 
     Raises:
-        TypeError: `model` is not what it should be; the message names what it lacks.
+        TypeError: `model` is not what it should be; the message names what it lacks or has besides.
         ValueError: `model` is patched already, or `negatives` is no mode.
 
     Losses are those of the host, within rounding, but: other views of the product (equal `idx`) are
     no negatives, which the host draws although its contrastive targets know them; over no masked
     word MLM is 0 (there NaN); a row without negatives is not counted.
     """
+    check_host(
+        model,
+        "FashionSAP's pretraining model",
+        ["model_pairs", "momentum"],
+        _Forward,
+        modules=[*_ENCODERS, *(f"{name}_m" for name in _ENCODERS), *_OTHERS],
+        parameters=["temp"],
+        buffers=["image_queue", "text_queue", "queue_ptr", "idx_queue"],
+    )
     _checks.choice("negatives", negatives, MODES)
-    for kind, found, wanted in (
-        ("modules", model.named_children(), _MODULES),
-        ("buffers", model.named_buffers(recurse=False), _BUFFERS),
-    ):
-        got = {name for name, _ in found}
-        if got != wanted:
-            raise TypeError(
-                f"model must be FashionSAP's pretraining model, of the {kind} "
-                f"{', '.join(sorted(wanted))}: {type(model).__name__} lacks "
-                f"{', '.join(sorted(wanted - got)) or 'none'} and has "
-                f"{', '.join(sorted(got - wanted)) or 'none'} besides"
-            )
     return install(
         model,
         {

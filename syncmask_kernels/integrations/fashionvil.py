@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from syncmask_kernels import _checks
 from syncmask_kernels.backends.overloads.negatives import MODES
 from syncmask_kernels.integrations.bert_attention import capture_attention
+from syncmask_kernels.integrations.checking import check_host
 from syncmask_kernels.integrations.mlm import masked_lm_loss
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 from syncmask_kernels.losses import masked_linear_cross_entropy
@@ -42,6 +43,7 @@ __all__ = [
 
 IGNORE_INDEX = -1
 MASKED_TASKS = ("mlm", "mpfr", "mpfc")
+_HAS = ("bert", "heads", "double_view", "_forward_itc", "get_joint_embedding")
 
 
 class HardPairs(NamedTuple):
@@ -382,12 +384,8 @@ def patch(
     Losses are those of the host, within rounding, but: over no labelled word MLM is 0 (there NaN);
     no positive is taken for a negative (see `hard_pairs`).
     """
+    check_host(model, "FashionViL's pretraining model", _HAS)
     _checks.choice("negatives", negatives, MODES)
-    for name in ("bert", "heads", "double_view", "_forward_itc", "get_joint_embedding"):
-        if not hasattr(model, name):
-            raise TypeError(
-                f"model must be FashionViL's pretraining model: {type(model).__name__} lacks {name}"
-            )
     replacements: dict[str, Replacement] = {
         "get_hard_pairs": _GetHardPairs(model, negatives),
         "_forward_mlm": _ForwardMlm(model),

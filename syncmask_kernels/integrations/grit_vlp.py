@@ -18,6 +18,7 @@ from syncmask_kernels.backends.overloads.negatives import MODES
 from syncmask_kernels.grouping import MODES as GROUP_MODES
 from syncmask_kernels.grouping import grouped_order
 from syncmask_kernels.integrations.albef import (
+    ENCODERS,
     TEMPERATURES,
     Encoded,
     HardNegatives,
@@ -28,6 +29,8 @@ from syncmask_kernels.integrations.albef import (
     matching_loss,
     random_words,
 )
+from syncmask_kernels.integrations.albef.patching import MASKING
+from syncmask_kernels.integrations.checking import check_host
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 
 __all__ = [
@@ -146,26 +149,23 @@ def patch(model: nn.Module, *, negatives: str = "hardest") -> Patched:
         negatives: mode of `sample_negatives`. Default: ``"hardest"``, as the host.
 
     Raises:
-        TypeError: `model` is not what it should be; the message names what it lacks.
+        TypeError: `model` is not what it should be; the message names what it lacks or has besides.
         ValueError: `model` is patched already, or `negatives` is no mode.
 
     Losses are those of the host, within rounding, but: over no masked word MLM is 0 (there NaN);
     where the softmax of all other pairs underflows, the host takes an arbitrary one, even the pair
     itself; special tokens are never random words.
     """
+    check_host(
+        model,
+        "GRIT-VLP's pretraining model",
+        MASKING,
+        _Forward,
+        modules=[*ENCODERS, "itm_head"],
+        parameters=["temp"],
+        buffers=[],
+    )
     _checks.choice("negatives", negatives, MODES)
-    wanted = {"visual_encoder", "vision_proj", "text_encoder", "text_proj", "itm_head"}
-    got = {name for name, _ in model.named_children()}
-    if got != wanted:
-        raise TypeError(
-            f"model must be GRIT-VLP's pretraining model, of {', '.join(sorted(wanted))}: "
-            f"{type(model).__name__} has {', '.join(sorted(got))}"
-        )
-    for name in ("temp", "tokenizer", "mlm_probability"):
-        if not hasattr(model, name):
-            raise TypeError(
-                f"model must be GRIT-VLP's pretraining model: {type(model).__name__} lacks {name}"
-            )
     return install(model, {"forward": _Forward(model, negatives)})
 
 

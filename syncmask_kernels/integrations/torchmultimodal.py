@@ -10,8 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from operator import attrgetter
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +26,8 @@ from syncmask_kernels.integrations.albef import (
     fused_matching_loss,
     hard_negatives,
 )
-from syncmask_kernels.integrations.bert_attention import Captured
+from syncmask_kernels.integrations.bert_attention import Attended, Captured, masked_keys
+from syncmask_kernels.integrations.checking import check_host
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install, unpatch
 from syncmask_kernels.momentum import ema_update_
 
@@ -50,7 +49,9 @@ __all__ = [
 
 _ENCODERS = ("vision_encoder", "text_encoder", "multimodal_encoder")
 _PROJECTIONS = ("vision_proj", "text_proj")
-_QUEUES = {"image_queue", "text_queue", "idx_queue", "queue_ptr"}
+_BUFFERS = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+_LEARNING = (*(f"albef_model.{name}" for name in _ENCODERS), *_PROJECTIONS)
+_INNER = (*_LEARNING, *(f"{name}_m" for name in _LEARNING), *_BUFFERS, "temp")
 
 
 def encode(
@@ -107,20 +108,15 @@ def matching_loss(
     return fused_matching_loss(fuse, model.itm_head, encoded, text_atts, negatives)
 
 
-def _seeing(tap: Any) -> Any:
+def _seeing(attended: Attended) -> Any:
     """A hook that keeps what an attention was handed: q, k, v by head, and a mask of keys."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         mask = given.get("attention_mask")
-        if mask is not None and (mask.dim() != 4 or mask.shape[1:3] != (1, 1)):
-            raise ValueError(
-                f"encoder must mask keys alone, [B, 1, 1, S], got a mask of {tuple(mask.shape)}"
-            )
         names = {"query": "q", "key": "k", "value": "v"}
-        tap.seen = {name: given[short].detach() for name, short in names.items()}
-        tap.key_valid = None if mask is None else mask[:, 0, 0] != 0
-        tap.complete = True
+        attended.seen = {name: given[short].detach() for name, short in names.items()}
+        attended.key_valid = None if mask is None else masked_keys(mask) != 0
 
     return hook
 
@@ -156,7 +152,7 @@ def capture_attention(
         _checks.integer("layers", i)
         if not -len(stack) <= i < len(stack):
             raise ValueError(f"layers must be in [{-len(stack)}, {len(stack)}), got {i}")
-    taps: list[Any] = [SimpleNamespace(complete=False) for _ in chosen]
+    taps = [Attended() for _ in chosen]
     with ExitStack() as hooks:
         for i, tap in zip(chosen, taps, strict=True):
             attention = stack[i].cross_attention.attn
@@ -219,41 +215,6 @@ class _TrainForward(Replacement):
         return itc + matching_loss(self.module, student, text_atts, negatives)
 
 
-def _check_has(model: Any, path: str) -> None:
-    try:
-        attrgetter(path)(model)
-    except AttributeError:
-        raise TypeError(
-            "model must be ALBEFModelForRetrieval of TorchMultimodal: "
-            f"{type(model).__name__} has no {path}"
-        ) from None
-
-
-def _check_model(model: Any) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("model must be the model itself, got it wrapped: hand over model.module")
-    inner = "model_with_similarity"
-    for name in _ENCODERS:
-        _check_has(model, f"{inner}.albef_model.{name}")
-        _check_has(model, f"{inner}.albef_model.{name}_m")
-    for name in (*_PROJECTIONS, *(f"{name}_m" for name in _PROJECTIONS), *_QUEUES, "temp"):
-        _check_has(model, f"{inner}.{name}")
-    for path in (f"{inner}.albef_model.momentum", "itm_head", "itc_loss"):
-        _check_has(model, path)
-    if type(model.itc_loss).__name__ != "ImageTextContrastiveLoss":
-        raise TypeError(
-            "model.itc_loss must be ImageTextContrastiveLoss, which is what is replaced, got "
-            f"{type(model.itc_loss).__name__}"
-        )
-    _check_has(model, "_train_forward")
-    taken = list(inspect.signature(type(model)._train_forward).parameters)
-    if taken != ["self", "image", "text", "text_atts", "idx", "alpha"]:
-        raise TypeError(
-            "model._train_forward must take image, text, text_atts, idx and alpha, "
-            f"got {', '.join(taken[1:])}"
-        )
-
-
 def patch(model: nn.Module, *, negatives: str = "multinomial", same_item: bool = True) -> Patched:
     """Let one ALBEF for retrieval train with these operators. `unpatch` undoes it.
 
@@ -271,13 +232,27 @@ def patch(model: nn.Module, *, negatives: str = "multinomial", same_item: bool =
         Patched: says what was replaced when it is printed; its `unpatch()` puts it back.
 
     Raises:
-        TypeError: `model` is not what it should be; the message names what it lacks.
+        TypeError: `model` is not what it should be; the message names what it lacks or has besides.
         ValueError: `model` is patched already, or an option does not fit. Nothing is replaced then.
 
     Losses, gradients, queues and both models are those of the host, within rounding, but: a row
     without negatives is not counted (there an error, as where all other similarities underflow).
     The queue may have any size, the host's is a multiple of the batch.
     """
-    _check_model(model)
+    check_host(
+        model,
+        "ALBEFModelForRetrieval of TorchMultimodal",
+        [f"model_with_similarity.{name}" for name in (*_INNER, "albef_model.momentum")],
+        _TrainForward,
+        "_train_forward",
+        modules=["model_with_similarity", "itm_head", "itc_loss"],
+        parameters=[],
+        buffers=[],
+    )
+    if type(model.itc_loss).__name__ != "ImageTextContrastiveLoss":
+        raise TypeError(
+            "model.itc_loss must be ImageTextContrastiveLoss, which is what is replaced, got "
+            f"{type(model.itc_loss).__name__}"
+        )
     _checks.choice("negatives", negatives, MODES)
     return install(model, {"_train_forward": _TrainForward(model, negatives, same_item)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,11 +30,19 @@ from syncmask_kernels.integrations.albef.functions import (
     update_teacher_,
 )
 from syncmask_kernels.integrations.bert_attention import capture_attention
+from syncmask_kernels.integrations.checking import check_host
 from syncmask_kernels.integrations.replacing import Patched, Replacement, install
 
-_MODULES = {*ENCODERS, *(f"{name}_m" for name in ENCODERS), "itm_head"}
-_BUFFERS = {"image_queue", "text_queue", "queue_ptr"}
+_MODULES = (*ENCODERS, *(f"{name}_m" for name in ENCODERS), "itm_head")
+_BUFFERS = ("image_queue", "text_queue", "queue_ptr")
 _TOKENS = ("pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+_ENCODER = ("bert", "config.vocab_size", "cls.predictions.transform", "cls.predictions.decoder")
+MASKING = (  # what random words and their loss read
+    "mlm_probability",
+    *(f"tokenizer.{name}" for name in _TOKENS),
+    *(f"text_encoder.{name}" for name in _ENCODER),
+)
+_HAS = (*MASKING, *(f"text_encoder_m.{name}" for name in _ENCODER), "model_pairs", "momentum")
 
 
 class _Masks(NamedTuple):
@@ -108,54 +115,6 @@ class Enqueue(Replacement):
         enqueue_keys_(self.module, image_feat, text_feat, item_ids)
 
 
-def _check_names(kind: str, got: set[str], wanted: set[str], model: nn.Module) -> None:
-    if wanted - got:
-        raise TypeError(
-            f"model must be ALBEF's pretraining model: {type(model).__name__} lacks the {kind} "
-            f"{', '.join(sorted(wanted - got))}"
-        )
-    if got - wanted:
-        raise TypeError(
-            f"model must be ALBEF's pretraining model: {type(model).__name__} has the {kind} "
-            f"{', '.join(sorted(got - wanted))} too, which the patched forward would leave out; "
-            "call the functions of this module by hand"
-        )
-
-
-def _check_has(name: str, value: Any, *paths: str) -> None:
-    for path in paths:
-        at = value
-        for part in path.split("."):
-            if not hasattr(at, part):
-                raise TypeError(
-                    f"model must be ALBEF's pretraining model: {name}.{path} does not exist"
-                )
-            at = getattr(at, part)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("model must be the model itself, got it wrapped: hand over model.module")
-    _check_names("modules", {name for name, _ in model.named_children()}, _MODULES, model)
-    direct = {name for name, _ in model.named_parameters(recurse=False)}
-    _check_names("parameters", direct, {"temp"}, model)
-    direct = {name for name, _ in model.named_buffers(recurse=False)}
-    _check_names("buffers", direct, _BUFFERS, model)
-    _check_has("model", model, "model_pairs", "momentum", "mlm_probability", "tokenizer")
-    _check_has("model.tokenizer", model.tokenizer, *_TOKENS)
-    for name in ("text_encoder", "text_encoder_m"):
-        wanted = ("cls.predictions.transform", "cls.predictions.decoder", "config.vocab_size")
-        _check_has(f"model.{name}", getattr(model, name), "bert.encoder.layer", *wanted)
-    taken = list(inspect.signature(type(model).forward).parameters)
-    if taken != ["self", "image", "text", "alpha"]:
-        raise TypeError(
-            "model must be ALBEF's pretraining model, whose forward takes image, text and alpha: "
-            f"that of {type(model).__name__} takes {', '.join(taken[1:])}"
-        )
-
-
 def _check_masks(
     model: Any,
     syncmask: bool,
@@ -221,7 +180,15 @@ def patch(
     row without negatives is not counted (there an error); special tokens are never random words;
     for alpha 0 the momentum model does not run on masked words.
     """
-    _check_model(model)
+    check_host(
+        model,
+        "ALBEF's pretraining model",
+        _HAS,
+        _Forward,
+        modules=_MODULES,
+        parameters=["temp"],
+        buffers=_BUFFERS,
+    )
     _checks.choice("negatives", negatives, MODES)
     masks = _check_masks(model, syncmask, layers, token_ratio, token_score)
     replacements = {
