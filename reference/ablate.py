@@ -35,6 +35,7 @@ from reference.batch import make_batch
 from reference.checkpoint import checkpoints, load_model
 from reference.config import PretrainConfig
 from reference.data import PairDataset, Truth
+from reference.downstream.features import CHUNK
 from reference.evaluate import evaluate, word_auc
 from reference.pretrain import pretrain
 from reference.run_files import CONFIG, EVALUATION, METRICS, atomic_path, load_json, save_json
@@ -68,7 +69,6 @@ VARIANTS = {
     "sync, batches of the semi-hard": Variant(300, {"batches": "semi_hard"}),
 }
 PATCH_SHARE = 0.25
-CHUNK = 256
 AT = " at "  # between a figure and the age of the teacher it is of
 
 Table = dict[str, dict[str, list[float]]]
