@@ -121,15 +121,15 @@ def sample_negatives(
     """
     _checks.rank("sim", sim, "[B, N]")
     _checks.floating("sim", sim)
-    rows, columns = sim.shape
     if mode != "multinomial" or margin != 0 or quantile is not None:
         _check_mode(mode, margin, quantile, noise)
     if row_ids is not None or col_ids is not None:
         _check_items(row_ids, col_ids, sim)
     if positive is not None:
-        _checks.ids("positive", positive, "[B]", (rows,), "sim", sim)
-        _host.ids_within("positive", positive, 0, columns, "N")
-    elif mode == "semi_hard" and rows != columns:
+        _checks.ids("positive", positive, "[B]", sim.shape[:1], "sim", sim)
+        _host.ids_within("positive", positive, 0, sim.shape[1], "N")
+    elif mode == "semi_hard" and sim.shape[0] != sim.shape[1]:
+        rows, columns = sim.shape
         raise ValueError(
             f"positive must be given for semi_hard where B != N, got B={rows}, N={columns}"
         )

@@ -90,7 +90,7 @@ def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
 
     `call` is handed to the kernel's own test of what it can do (types, options).
     """
-    device_type = tensor.device.type
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type  # the former makes no objects
     if _forced is not None:
         reason = refusal(_forced, op, device_type, call)
         if reason is not None:
