@@ -22,3 +22,8 @@ def refuses_float64(*call: Any) -> str | None:
         if isinstance(given, Tensor) and given.dtype == torch.float64:
             return "float64 is served by eager only"
     return None
+
+
+def refuses_compiling() -> str | None:
+    """What kernels say that torch.compile gains nothing from, or cannot see through."""
+    return "torch.compile traces eager only" if torch.compiler.is_compiling() else None

@@ -8,6 +8,7 @@ from torch import Tensor
 from syncmask_kernels.backends import overloads
 from syncmask_kernels.backends.eager import losses, losses_known_rows
 from syncmask_kernels.backends.eager.losses_softmax import LogSum, Shares, SoftBlock, Softmax
+from syncmask_kernels.backends.kernel import refuses_compiling
 from syncmask_kernels.backends.loss_request import Head, Targets
 
 _add_block = overloads.define("linear_cross_entropy_add_block", "cpu")
@@ -28,8 +29,9 @@ SOFTMAX = Softmax(_add_block, _slopes)
 
 
 def refuses_linear_cross_entropy(student: Head, targets: Targets, reduction: str) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile traces eager only"
+    compiling = refuses_compiling()
+    if compiling is not None:
+        return compiling
     if reduction == "none":
         return "losses that are not summed are served by eager only"
     if student.hidden.dtype != torch.float32 or not losses_known_rows.serves(student, targets):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from syncmask_kernels.backends import overloads
 from syncmask_kernels.backends.eager import queue_losses
 from syncmask_kernels.backends.eager.queue_losses import Passes, Sums
-from syncmask_kernels.backends.kernel import refuses_float64
+from syncmask_kernels.backends.kernel import refuses_compiling, refuses_float64
 from syncmask_kernels.backends.queue_losses_request import Keys
 
 _exponentials_overload = overloads.define("queue_contrast_exponentials_", "cpu")
@@ -24,9 +23,7 @@ PASSES = Passes(_exponentials_, _slopes_, _room)
 
 
 def refuses_keys(keys: Keys) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile traces eager only"
-    return refuses_float64(keys.batch)
+    return refuses_compiling() or refuses_float64(keys.batch)
 
 
 def queue_contrastive_loss(
