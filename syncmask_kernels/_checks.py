@@ -43,9 +43,16 @@ def dtype(name: str, value: Tensor, *wanted: torch.dtype) -> None:
         raise TypeError(f"{name} must be of type {names}, got {got}")
 
 
-def floating(name: str, value: Tensor) -> None:
+def floating(name: str, value: Tensor, *layouts: str) -> None:
+    """A tensor of floats, and of one of the `layouts` (see `rank`) where any are given."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         dtype(name, value, *FLOATS)
+    dimensions = value.dim()
+    for layout in layouts:
+        if dimensions == layout.count(",") + 1:
+            return
+    if layouts:
+        rank(name, value, *layouts)
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

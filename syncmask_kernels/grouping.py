@@ -59,8 +59,7 @@ def grouped_order(
         >>> smk.grouped_order(image, text_feat=image)
         tensor([0, 2, 1])
     """
-    _checks.rank("image_feat", image_feat, "[M, D]")
-    _checks.floating("image_feat", image_feat)
+    _checks.floating("image_feat", image_feat, "[M, D]")
     _checks.floating("text_feat", text_feat)
     _checks.shape("text_feat", text_feat, "the shape of image_feat", image_feat.shape)
     _checks.same_device("text_feat", text_feat, "image_feat", image_feat)

@@ -226,8 +226,7 @@ def mask_patches(patches: Tensor, patch_mask: Tensor, mask_token: Tensor) -> Ten
         tensor([[[0., 0., 0.],
                  [1., 1., 1.]]])
     """
-    _checks.rank("patches", patches, "[B, P, D]")
-    _checks.floating("patches", patches)
+    _checks.floating("patches", patches, "[B, P, D]")
     _checks.tensor("patch_mask", patch_mask)
     _checks.mask("patch_mask", patch_mask, "[B, P]", patches.shape[:2], "patches", patches)
     _checks.floating("mask_token", mask_token)

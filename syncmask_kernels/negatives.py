@@ -119,8 +119,7 @@ def sample_negatives(
         >>> smk.sample_negatives(sim, row_ids=items, col_ids=items).ids[:2]
         tensor([2, 2])
     """
-    _checks.rank("sim", sim, "[B, N]")
-    _checks.floating("sim", sim)
+    _checks.floating("sim", sim, "[B, N]")
     if mode != "multinomial" or margin != 0 or quantile is not None:
         _check_mode(mode, margin, quantile, noise)
     if row_ids is not None or col_ids is not None:

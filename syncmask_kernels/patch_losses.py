@@ -16,8 +16,7 @@ from syncmask_kernels.backends.patch_losses_request import KINDS, PatchLoss
 
 def _patch_grid(pred: Tensor, target: Tensor, patch_size: int | None) -> tuple[int, int]:
     """The checked number of patches of `target` and of values in a patch."""
-    _checks.rank("target", target, "[B, P, C]", "[B, channels, Hi, Wi]")
-    _checks.floating("target", target)
+    _checks.floating("target", target, "[B, P, C]", "[B, channels, Hi, Wi]")
     _checks.same_device("target", target, "pred", pred)
     if target.dim() == 3:
         if patch_size is not None:
@@ -99,8 +98,7 @@ def masked_patch_loss(
         >>> smk.masked_patch_loss(torch.zeros(1, 2, 12), image, ids, kind="mse", patch_size=2)
         tensor(1.)
     """
-    _checks.rank("pred", pred, "[B, P, C]", "[B, K, C]")
-    _checks.floating("pred", pred)
+    _checks.floating("pred", pred, "[B, P, C]", "[B, K, C]")
     patches, values = _patch_grid(pred, target, patch_size)
     _checks.rank("ids_or_mask", ids_or_mask, "[B, K]", "[B, P]")
     _checks.dtype("ids_or_mask", ids_or_mask, torch.int64, torch.bool)

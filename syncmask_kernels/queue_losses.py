@@ -44,15 +44,13 @@ class _Contrast(torch.autograd.Function):
 def _check_pair(names: tuple[str, str], pair: tuple[Tensor, Tensor], first: Tensor) -> None:
     """Image and text, [B, D] as `image_feat`."""
     for name, value in zip(names, pair, strict=True):
-        _checks.rank(name, value, "[B, D]")
-        _checks.floating(name, value)
+        _checks.floating(name, value, "[B, D]")
         _checks.shape(name, value, "[B, D]", first.shape)
         _checks.same_device(name, value, "image_feat", first)
 
 
 def _check_queue(name: str, queue: Tensor, width: int, columns: int | None, of: Tensor) -> None:
-    _checks.rank(name, queue, "[D, Q]")
-    _checks.floating(name, queue)
+    _checks.floating(name, queue, "[D, Q]")
     _checks.shape(name, queue, "[D, Q]", (width, queue.shape[1] if columns is None else columns))
     _checks.same_device(name, queue, "the features", of)
 
@@ -141,8 +139,7 @@ def queue_contrastive_loss(
         (tensor(0.6665), tensor([[2., 0.],
                 [0., 2.]]))
     """
-    _checks.rank("image_feat", image_feat, "[B, D]")
-    _checks.floating("image_feat", image_feat)
+    _checks.floating("image_feat", image_feat, "[B, D]")
     features, own_keys = (image_feat, text_feat), (image_key, text_key)
     _check_pair(("image_feat", "text_feat"), features, image_feat)
     _check_pair(("image_key", "text_key"), own_keys, image_feat)
@@ -230,16 +227,14 @@ def enqueue_(
         >>> queue, pointer
         (tensor([[8., 0., 0., 7.]]), tensor([1]))
     """
-    _checks.rank("queue", queue, "[D, Q]")
-    _checks.floating("queue", queue)
+    _checks.floating("queue", queue, "[D, Q]")
     width, columns = queue.shape
     if columns == 0:
         raise ValueError(f"queue must be [D, Q] with Q > 0, got shape {tuple(queue.shape)}")
     _checks.dtype("pointer", pointer, torch.int64)
     _checks.shape("pointer", pointer, "[1]", (1,))
     _checks.same_device("pointer", pointer, "queue", queue)
-    _checks.rank("keys", keys, "[B, D]")
-    _checks.floating("keys", keys)
+    _checks.floating("keys", keys, "[B, D]")
     _checks.shape("keys", keys, "[B, D]", (keys.shape[0], width))
     _checks.same_device("keys", keys, "queue", queue)
     if (ids is None) != (queue_ids is None):

@@ -149,8 +149,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
         """
         _checks.rank("indices", indices, "[B]")
         _checks.dtype("indices", indices, torch.int64)
-        _checks.rank("image_feat", image_feat, "[B, D]")
-        _checks.floating("image_feat", image_feat)
+        _checks.floating("image_feat", image_feat, "[B, D]")
         _checks.floating("text_feat", text_feat)
         _checks.shape("text_feat", text_feat, "the shape of image_feat", image_feat.shape)
         _checks.same_device("text_feat", text_feat, "image_feat", image_feat)

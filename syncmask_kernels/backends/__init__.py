@@ -96,9 +96,9 @@ def choose(op: str, tensor: Tensor, *call: Any) -> Callable[..., Any]:
         if reason is not None:
             raise BackendError(f"backend {_forced!r} cannot serve {op}: {reason}")
         return BACKENDS[_forced].KERNELS[op].run
-    for kernel in _SERVING.get((op, device_type)) or _serving(op, device_type):
-        if kernel.refuses is None or kernel.refuses(*call) is None:
-            return kernel.run
+    for run, refuses in _SERVING.get((op, device_type)) or _serving(op, device_type):
+        if refuses is None or refuses(*call) is None:
+            return run
     raise BackendError(f"no backend serves {op} on {tensor.device}")
 
 

@@ -57,9 +57,8 @@ def max_similarity(patches: Tensor, tokens: Tensor, token_valid: Tensor | None =
         >>> smk.max_similarity(patches, torch.tensor([[[0.5, 0.25], [0.0, -1.0]]]))
         tensor([[0.5000, 0.5000]])
     """
-    _checks.rank("patches", patches, "[B, P, D]")
+    _checks.floating("patches", patches, "[B, P, D]")
     _checks.rank("tokens", tokens, "[B, T, D]")
-    _checks.floating("patches", patches)
     _checks.dtype("tokens", tokens, patches.dtype)
     _checks.same_device("tokens", tokens, "patches", patches)
     batch, _, dim = patches.shape

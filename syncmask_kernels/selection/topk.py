@@ -238,8 +238,7 @@ def vote_keywords(
         >>> smk.vote_keywords(attn_row, votes=1, keep=3)
         tensor([[ 0,  2, -1]])
     """
-    _checks.rank("attn_row", attn_row, "[B, H, T]")
-    _checks.floating("attn_row", attn_row)
+    _checks.floating("attn_row", attn_row, "[B, H, T]")
     _checks.count("votes", votes)
     _checks.count("keep", keep)
     batch, heads, words = attn_row.shape

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -20,7 +21,7 @@ class Rows {
  public:
   explicit Rows(const MaybeTensor& tensor, int64_t columns = 0) : columns_(columns) {
     if (!tensor) return;
-    owner_ = torch::stable::contiguous(*tensor);
+    owner_ = tensor->is_contiguous() ? *tensor : torch::stable::contiguous(*tensor);
     data_ = static_cast<const T*>(owner_->const_data_ptr());
   }
   const T* data() const { return data_; }
@@ -37,8 +38,23 @@ inline MaybeTensor as_float(const MaybeTensor& tensor) {
   return torch::stable::to(*tensor, ScalarType::Float);
 }
 
-inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
+// On the device of `like`. new_empty of the stable ABI would look an operator up by its name and box
+// its arguments, which small calls notice.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+    strides[i] = stride;
+  }
+  int32_t device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device, index, &made));
+  return Tensor(made);
 }
 
 template <typename T>

@@ -25,9 +25,13 @@ _ROOMS = (attention, grouping, losses, masking, negatives, patch_losses, queue_l
 SCHEMAS: dict[str, str] = {op: s for room in _ROOMS for op, s in room.SCHEMAS.items()}
 FAKES: dict[str, Callable[..., Any]] = {op: f for room in _ROOMS for op, f in room.FAKES.items()}
 
+_LIBRARY = torch.library.Library("syncmask", "FRAGMENT")
+
 
 def define(op: str, backend: str) -> Any:
     """Declare the backend's overload of `op` and its fake; returns the overload to call."""
-    torch.library.define(f"syncmask::{op}.{backend}", SCHEMAS[op])
-    torch.library.register_fake(f"syncmask::{op}.{backend}", FAKES[op])
+    _LIBRARY.define(f"{op}.{backend}{SCHEMAS[op]}")
+    torch.library.register_fake(f"syncmask::{op}.{backend}", FAKES[op], lib=_LIBRARY)
+    # What has gradients is called by an autograd.Function: no need to look for them again.
+    _LIBRARY.impl(f"{op}.{backend}", torch.library.fallthrough_kernel, "Autograd")
     return getattr(getattr(torch.ops.syncmask, op), backend)
