@@ -171,7 +171,7 @@ def _results(study: AblateConfig) -> dict[str, Table]:
         _append(results.setdefault(f"Trained on the {where}", {}), name, outcome)
         if name != TRUNK:
             trunk = _folder(study, where, TRUNK, options["seed"])
-            before = _outcome(_evaluation_by_rules_of(options, trunk))
+            before = _outcome(_evaluation_by_rules_of(run, trunk))
             gains = {column: value - before[column] for column, value in outcome.items()}
             title = f"Trained on the {where}: more than with random masks of the same seed"
             _append(results.setdefault(title, {}), name, gains)
@@ -184,14 +184,15 @@ def _results(study: AblateConfig) -> dict[str, Table]:
     return results
 
 
-def _evaluation_by_rules_of(options: dict[str, Any], trunk: Path) -> dict[str, Any]:
-    """That of the trunk, its masks by the variant's rule, so that training alone makes the gain."""
-    if "word_score" not in options:
+def _evaluation_by_rules_of(run: Path, trunk: Path) -> dict[str, Any]:
+    """That of the trunk, its masks by the rule of `run`, so that training alone makes the gain."""
+    rule, trunks_rule = (load_json(folder / CONFIG)["word_score"] for folder in (run, trunk))
+    if rule == trunks_rule:
         return dict(load_json(trunk / EVALUATION))
-    file = trunk / f"evaluation-{options['word_score']}.json"
+    file = trunk / f"evaluation-{rule}.json"
     if not file.exists():
         model, config, tokenizer = load_model(max(checkpoints(trunk)))
-        config.word_score = options["word_score"]
+        config.word_score = rule
         save_json(file, evaluate(model, config.load_data(tokenizer).val, tokenizer, config)[0])
     return dict(load_json(file))
 

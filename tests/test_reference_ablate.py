@@ -16,7 +16,7 @@ from reference.config import PretrainConfig
 from reference.data import load_data
 from reference.masks import teacher_masks
 from reference.pretrain import build
-from reference.run_files import load_json, load_metrics
+from reference.run_files import load_json, load_metrics, save_json
 from reference.score_rules import all_scores
 
 
@@ -100,11 +100,12 @@ def test_the_study_goes_on_where_it_stopped(
     )
     assert ours[:2] == theirs[:2]
     assert all(a != b for a, b in zip(ours[2:], theirs[2:], strict=True))
-    # Beside a variant of another rule, the trunk's teacher is judged by that rule too.
-    kept, by_rule = (
-        study_module._evaluation_by_rules_of(options, trunk)
-        for options in ({}, {"word_score": "image_to_text"})
+    # Beside a run of another rule, the trunk's teacher is judged by that rule too.
+    kept = study_module._evaluation_by_rules_of(words, trunk)
+    save_json(
+        words / "config.json", load_json(words / "config.json") | {"word_score": "image_to_text"}
     )
+    by_rule = study_module._evaluation_by_rules_of(words, trunk)
     assert kept == load_json(trunk / "evaluation.json")
     assert by_rule["retrieval"] == kept["retrieval"]
     same, other = (
