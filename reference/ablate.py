@@ -60,6 +60,7 @@ VARIANTS = {
     "sync": Variant(300, {}),
     "sync, patches only": Variant(300, {"masks": "patches"}),
     "sync, words only": Variant(300, {"masks": "words"}),
+    "sync, words by leave_one_out": Variant(300, {"word_score": "leave_one_out"}),
     "sync, words by image_to_text": Variant(300, {"word_score": "image_to_text"}, False),
     "sync, words by image_to_text_cls": Variant(300, {"word_score": "image_to_text_cls"}, False),
     "sync, no noise": Variant(300, {"mask_noise": 0.0}),

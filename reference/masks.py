@@ -85,6 +85,8 @@ def teacher_masks(
     if config.word_score == "image_effect":
         mean_image = image.mean(dim=0, keepdim=True) if mean_image is None else mean_image
         own_scores = image_effect(teacher, mean_image, text, batch.attended, fused)
+    elif config.word_score == "leave_one_out":
+        own_scores = leave_one_out(teacher, batch, image, text)
     elif config.word_score in ("image_to_text", "image_to_text_cls"):
         chosen_by = image_to_text(teacher, image, text, batch.attended)
         by_cls = config.word_score == "image_to_text_cls"
@@ -164,6 +166,21 @@ def image_effect(
     """
     nondescript = mean_image.expand(len(text), -1, -1)
     return 1 - F.cosine_similarity(fused, teacher.fuse(text, attended, nondescript), dim=-1)
+
+
+def leave_one_out(teacher: SyncMaskModel, batch: Batch, image: Tensor, text: Tensor) -> Tensor:
+    """``[B, T]``: how much less a caption is like its image, by ITC's features, without each word.
+
+    Takes T passes of the text encoder.
+    """
+    rows, length = batch.input_ids.shape
+    other_words = batch.word_ids.unsqueeze(1) != batch.word_ids.unsqueeze(2)
+    attended = (batch.attended.unsqueeze(1) & other_words).flatten(0, 1)
+    without = teacher.encode_text(batch.input_ids.repeat_interleave(length, dim=0), attended)
+    image_features = teacher.image_features(image).unsqueeze(2)
+    whole = teacher.text_features(text).unsqueeze(1)
+    left = teacher.text_features(without).unflatten(0, (rows, length))
+    return ((whole - left) @ image_features).squeeze(2)
 
 
 def image_to_text(teacher: SyncMaskModel, image: Tensor, text: Tensor, attended: Tensor) -> Tensor:

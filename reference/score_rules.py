@@ -12,7 +12,7 @@ from torch import Tensor
 
 import syncmask_kernels as smk
 from reference.batch import Batch
-from reference.masks import image_effect
+from reference.masks import image_effect, leave_one_out
 from reference.model import SyncMaskModel
 from reference.model.fusion import QKV, Captured
 
@@ -34,6 +34,7 @@ def all_scores(model: SyncMaskModel, batch: Batch) -> tuple[Scores, Scores]:
         "moved from its encoding": 1 - F.cosine_similarity(fused, text, dim=2),
         "moved by its image, against none": 1 - F.cosine_similarity(fused, alone, dim=2),
         "image_effect": image_effect(model, mean_image, text, batch.attended, fused),
+        "leave_one_out": leave_one_out(model, batch, image, text),
     }
     patches: Scores = {"random": torch.rand(image.shape[0], image.shape[1] - 1)}
     for number, layer in enumerate(captured.cross_attention, 1):

@@ -31,10 +31,10 @@ def test_rules_of_the_study_are_those_of_training() -> None:
     text = model.encode_text(batch.input_ids, batch.attended)
     words, patches = all_scores(model, batch)
     for layer in (1, 2):
-        for rule in ("max", "text_softmax", "dual", "image_effect"):
+        for rule in ("max", "text_softmax", "dual", "image_effect", "leave_one_out"):
             config.mask_layer, config.word_score = layer - 1, rule
             expected = teacher_masks(model, batch, image, text, config).token_scores
-            name = rule if rule == "image_effect" else f"{rule}, layer {layer}"
+            name = rule if rule in words else f"{rule}, layer {layer}"
             got = words[name].masked_fill(~batch.token_valid, 0)
             expected = expected.masked_fill(~batch.token_valid, 0)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,13 @@ import syncmask_kernels as smk
 from reference.batch import Batch, crop_and_flip, make_batch, step_indices
 from reference.config import MaskConfig, PretrainConfig
 from reference.data import Data, load_data
-from reference.masks import choose_masks, image_effect, random_masks, teacher_masks
+from reference.masks import (
+    choose_masks,
+    image_effect,
+    leave_one_out,
+    random_masks,
+    teacher_masks,
+)
 from reference.methods.parts import Sides, Similarities, choose_negatives, itc_loss, itm_loss
 from reference.methods.syncmask import losses_of
 from reference.model import ModelConfig, SyncMaskModel
@@ -168,9 +174,7 @@ def test_masked_patches_are_hidden(model: SyncMaskModel, batch: Batch) -> None:
     )
 
 
-WORD_SCORES = [
-    "image_effect", "image_to_text", "image_to_text_cls", "text_softmax", "dual", "max"
-]  # fmt: skip
+WORD_SCORES = get_args(get_type_hints(MaskConfig)["word_score"])
 
 
 @pytest.mark.parametrize("word_score", WORD_SCORES)
@@ -241,6 +245,27 @@ def test_image_effect_is_zero_where_images_do_not_differ(
     assert (effect(batch) > 1e-5).all()
     same = batch._replace(pixels=batch.pixels[:1].expand_as(batch.pixels))
     assert effect(same).abs().max() < 1e-5
+
+
+def test_leave_one_out_is_what_a_word_adds_to_the_similarity(
+    model: SyncMaskModel, batch: Batch
+) -> None:
+    def similarity(row: int, attended: Tensor) -> Tensor:
+        text = model.encode_text(batch.input_ids[row : row + 1], attended.unsqueeze(0))
+        image = model.encode_image(batch.pixels[row : row + 1])
+        return (model.text_features(text) * model.image_features(image)).sum()
+
+    # Two words of every caption become one.
+    words = torch.where(batch.word_ids == 1, 0, batch.word_ids)
+    scores = leave_one_out(model, batch._replace(word_ids=words), *encode(model, batch))
+    assert scores.isfinite().all()
+    for row, attended in enumerate(batch.attended):
+        for word in words[row][words[row] >= 0].unique():
+            pieces = words[row] == word
+            less = similarity(row, attended) - similarity(row, attended & ~pieces)
+            torch.testing.assert_close(
+                scores[row, pieces], less.expand(int(pieces.sum())), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_first_steps_mask_at_random(model: SyncMaskModel, batch: Batch, data: Data) -> None:
