@@ -56,6 +56,8 @@ class Variant(NamedTuple):
     on_photos: bool = True
 
 
+# Of every training that does not name another.
+RULES = {"word_score": "image_effect"}
 VARIANTS = {
     "sync": Variant(300, {}),
     "sync, patches only": Variant(300, {"masks": "patches"}),
@@ -119,7 +121,7 @@ def _trainings(study: AblateConfig) -> Iterator[Training]:
         variants = [n for n, v in VARIANTS.items() if where == "catalogue" or v.on_photos]
         for name in (TRUNK, *variants):
             options = VARIANTS[name].options if name in VARIANTS else {"masks": "random"}
-            options = {"data": source, "augment": where == "photos", **options}
+            options = {"data": source, "augment": where == "photos"} | RULES | options
             for seed in range(study.seeds):
                 run = _folder(study, where, name, seed)
                 yield Training(name, where, run, options | {"seed": seed})

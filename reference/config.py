@@ -23,14 +23,14 @@ class MaskConfig:
         "sync", "Chosen by the teacher: both, patches or words alone, or nothing (at random)."
     )
     word_score: Literal[
-        "image_effect",
         "leave_one_out",
+        "image_effect",
         "image_to_text",
         "image_to_text_cls",
         "text_softmax",
         "dual",
         "max",
-    ] = _option("image_effect", "Rule that scores a word.")
+    ] = _option("leave_one_out", "Rule that scores a word.")
     patch_score: Literal["cls_value", "value", "mean", "cls"] = _option(
         "cls_value", "Rule that scores a patch."
     )

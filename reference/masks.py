@@ -5,14 +5,17 @@ teacher's multi-modal encoder" in descending order and masks the top. What it le
 here, by runs on the drawn catalogue:
 
 - **Words.** A row of the words' attention to patches sums to one whether or not the word can be
-  seen, so attention weights say little about words. The default ``image_effect`` is how far its
-  image moves a word: one minus the cosine between the teacher's fused word with its image and with
-  the mean image of the batch. (The abstract speaks of "cross-attentional features".) A row of the
-  patches' attention to words says which word a patch chose: ``image_to_text`` is the most that any
-  patch attends to a word, in the fusion encoder that rebuilds patches, ``image_to_text_cls`` what
-  the image's CLS does. Of a teacher trained with random masks they find visible words better, but
-  also choose more words that name nothing (docs/study.md). ``text_softmax``, ``dual`` and ``max``
-  are the operator's rules on the attention of one layer.
+  seen, so attention weights say little about words. The default ``leave_one_out`` is what the
+  caption loses without the word: how far its similarity to its image falls, by the features of ITC.
+  Of a teacher trained with random masks it finds visible words best at every age (docs/study.md),
+  for as many passes of the text encoder as there are words. ``image_effect`` takes one pass of the
+  fusion: how far its image moves a word, one minus the cosine between the teacher's fused word with
+  its image and with the mean image of the batch. (The abstract speaks of "cross-attentional
+  features".) A row of the patches' attention to words says which word a patch chose:
+  ``image_to_text`` is the most that any patch attends to a word, in the fusion encoder that
+  rebuilds patches, ``image_to_text_cls`` what the image's CLS does; they also choose many words that
+  name nothing. ``text_softmax``, ``dual`` and ``max`` are the operator's rules on the attention of
+  one layer.
 - **Patches.** The attention of the text's CLS to each patch, weighted by how far the patch's value
   lies from the mean value (``cls_value``, the default). Attention averaged over words (``mean``, or
   ``value`` with those weights) can rest on the background, and so can, in some runs, that of the
@@ -171,16 +174,16 @@ def image_effect(
 def leave_one_out(teacher: SyncMaskModel, batch: Batch, image: Tensor, text: Tensor) -> Tensor:
     """``[B, T]``: how much less a caption is like its image, by ITC's features, without each word.
 
-    Takes T passes of the text encoder.
+    As many passes of the text encoder as a caption has words; the host waits for their number.
     """
-    rows, length = batch.input_ids.shape
-    other_words = batch.word_ids.unsqueeze(1) != batch.word_ids.unsqueeze(2)
-    attended = (batch.attended.unsqueeze(1) & other_words).flatten(0, 1)
-    without = teacher.encode_text(batch.input_ids.repeat_interleave(length, dim=0), attended)
-    image_features = teacher.image_features(image).unsqueeze(2)
-    whole = teacher.text_features(text).unsqueeze(1)
-    left = teacher.text_features(without).unflatten(0, (rows, length))
-    return ((whole - left) @ image_features).squeeze(2)
+    scores = text.new_zeros(batch.input_ids.shape)
+    rows, places = batch.token_valid.nonzero(as_tuple=True)
+    words = batch.word_ids[rows]
+    attended = batch.attended[rows] & (words != batch.word_ids[rows, places].unsqueeze(1))
+    without = teacher.text_features(teacher.encode_text(batch.input_ids[rows], attended))
+    lost = teacher.text_features(text)[rows] - without
+    scores[rows, places] = (lost * teacher.image_features(image)[rows]).sum(dim=1)
+    return scores
 
 
 def image_to_text(teacher: SyncMaskModel, image: Tensor, text: Tensor, attended: Tensor) -> Tensor:
