@@ -13,9 +13,9 @@ here, by runs on the drawn catalogue:
   its image and with the mean image of the batch. (The abstract speaks of "cross-attentional
   features".) A row of the patches' attention to words says which word a patch chose:
   ``image_to_text`` is the most that any patch attends to a word, in the fusion encoder that
-  rebuilds patches, ``image_to_text_cls`` what the image's CLS does; they also choose many words that
-  name nothing. ``text_softmax``, ``dual`` and ``max`` are the operator's rules on the attention of
-  one layer.
+  rebuilds patches, ``image_to_text_cls`` what the image's CLS does; both also choose many words
+  that name nothing. ``text_softmax``, ``dual`` and ``max`` are the operator's rules on the
+  attention of one layer.
 - **Patches.** The attention of the text's CLS to each patch, weighted by how far the patch's value
   lies from the mean value (``cls_value``, the default). Attention averaged over words (``mean``, or
   ``value`` with those weights) can rest on the background, and so can, in some runs, that of the
