@@ -176,12 +176,14 @@ def leave_one_out(teacher: SyncMaskModel, batch: Batch, image: Tensor, text: Ten
 
     As many passes of the text encoder as a caption has words; the host waits for their number.
     """
-    scores = text.new_zeros(batch.input_ids.shape)
+    scores = torch.zeros(batch.input_ids.shape, device=text.device)
     rows, places = batch.token_valid.nonzero(as_tuple=True)
+    if len(rows) == 0:  # BERT takes no empty batch
+        return scores
     words = batch.word_ids[rows]
     attended = batch.attended[rows] & (words != batch.word_ids[rows, places].unsqueeze(1))
     without = teacher.text_features(teacher.encode_text(batch.input_ids[rows], attended))
-    lost = teacher.text_features(text)[rows] - without
+    lost = teacher.text_features(text)[rows].float() - without
     scores[rows, places] = (lost * teacher.image_features(image)[rows]).sum(dim=1)
     return scores
 

@@ -200,6 +200,26 @@ def test_masks_are_whole_words_of_the_ratio(
     assert masks.patch_scores.std() > 0
 
 
+@pytest.mark.parametrize("word_score", WORD_SCORES)
+def test_rules_score_alike_in_bfloat16(model: SyncMaskModel, batch: Batch, word_score: str) -> None:
+    config = MaskConfig(word_score=word_score)
+    wanted = teacher_masks(model, batch, *encode(model, batch), config).token_scores
+    with torch.autocast("cpu", torch.bfloat16):
+        got = teacher_masks(model, batch, *encode(model, batch), config).token_scores
+    assert got.dtype == torch.float32
+    error = (got - wanted)[batch.token_valid].abs().mean()
+    assert error < wanted[batch.token_valid].std()
+
+
+def test_a_batch_without_words_masks_none(model: SyncMaskModel, batch: Batch) -> None:
+    wordless = batch._replace(token_valid=torch.zeros_like(batch.token_valid))
+    for word_score in WORD_SCORES:
+        config = MaskConfig(word_score=word_score)
+        masks = teacher_masks(model, wordless, *encode(model, batch), config)
+        assert not masks.token_mask.any()
+        assert masks.patch_mask.any()
+
+
 def test_rules_score_differently(model: SyncMaskModel, batch: Batch) -> None:
     image, text = encode(model, batch)
 
