@@ -113,7 +113,9 @@ def contest(
         **{name: kind(f) for name, f in compiled(next(iter(peers.values()))).items()},
         "this library": kind(ours),
     }
-    compare(case, contenders, inputs, as_accurate(own, truth))
+    as_accurate(own, truth)(contenders["this library"](inputs[0]))
+    # Inductor sums up the gradient of the token row by row: up to 12 times the error of PyTorch.
+    compare(case, contenders, inputs, as_accurate(own, truth, 32.0))
 
 
 def noted(op: str, shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> Case:
