@@ -147,6 +147,17 @@ class SelectionContract:
             torch.testing.assert_close(ours, truth.float(), rtol=1e-6, atol=0, equal_nan=True)
         assert_selects(got, arguments)
 
+    @pytest.mark.parametrize("token_score", TOKEN_RULES)
+    def test_a_cls_row_that_is_no_word_shows_in_no_word(self, token_score: str) -> None:
+        arguments = case(words=40, patch_score="cls", token_score=token_score)
+        arguments["token_valid"][:, 0] = False
+        clean = self.check(arguments)
+        arguments["attn"][:, :, :, 0, 3:6] = torch.tensor([NAN, INF, -INF])
+        got = self.select(arguments)
+        assert torch.equal(got.token_scores, clean.token_scores)
+        assert not got.patch_scores[:, 2:5].isfinite().any()
+        assert torch.equal(got.patch_scores[:, 5:], clean.patch_scores[:, 5:])
+
     @pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
     def test_not_finite_lse(self, token_score: str) -> None:
         arguments = case(3, 2, 5, 9, token_score=token_score, lse=torch.randn(1, 3, 2, 5))
