@@ -24,6 +24,7 @@ with cuda_on_cpu(), smk.use_backend("cuda"):
         smk.topk_mask(scores, ratio=0.3, valid=valid, width=9)
     for words, patches, rule in CASES:
         arguments = everything(case(2, 5, words, patches, skip_keys=0, token_score=rule))
+        arguments["token_valid"][-1, -1] = True
         assert_right(smk.sync_topk_mask(**arguments), arguments)
     for size in (1, 70):
         smk.grouped_order(*whole_numbers(size, 9), items(size, 9), window=5, mode="semi_hard")
