@@ -60,7 +60,7 @@ class _Method:
 _METHODS = {
     "syncmask": _Method(
         "SyncMask",
-        "A momentum teacher's cross-attention picks the words and the image patches that both "
+        "A momentum teacher picks the words and the image patches that both "
         "modalities share; these are masked, and the model learns to restore them from the other "
         "modality. This is a reconstruction of the method: every number here is this run's own.",
         "masked word",
