@@ -96,8 +96,12 @@ def contest(
     ours: Callable[..., Tensor],
     leaves: int,
     backward: bool,
+    peers_factor: float = 4.0,
 ) -> None:
-    """`peers` and our operator, with gradients of the first `leaves` inputs or without."""
+    """`peers` and our operator, with gradients of the first `leaves` inputs or without.
+
+    Peers may be `peers_factor` times as wrong as the first of them.
+    """
 
     def kind(function: Callable[..., Tensor]) -> Function:
         return trained(function, leaves) if backward else forward(function)
@@ -114,8 +118,7 @@ def contest(
         "this library": kind(ours),
     }
     as_accurate(own, truth)(contenders["this library"](inputs[0]))
-    # Inductor sums up the gradient of the token row by row: up to 12 times the error of PyTorch.
-    compare(case, contenders, inputs, as_accurate(own, truth, 32.0))
+    compare(case, contenders, inputs, as_accurate(own, truth, peers_factor))
 
 
 def noted(op: str, shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> Case:
@@ -149,6 +152,8 @@ def bench_mask_patches(
         lambda x, token, mask: smk.mask_patches(x, mask, token),
         2,
         backward,
+        # Inductor sums up the gradient of the token row by row: 12 times the error of PyTorch.
+        16.0 if backward and dtype == torch.float32 else 4.0,
     )
 
 

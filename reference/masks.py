@@ -49,7 +49,8 @@ def choose_masks(step: Step[SyncMaskModel]) -> smk.SyncMask:
     if config.masks == "random" or step.index < config.random_mask_steps:
         return random_masks(step.batch, config.patches, config)
     image, text = step.teacher_image, step.teacher_text
-    mean = ranks.mean(image.mean(dim=0, keepdim=True))
+    by_mean = config.word_score == "image_effect"
+    mean = ranks.mean(image.mean(dim=0, keepdim=True)) if by_mean else None
     chosen = teacher_masks(step.teacher, step.batch, image, text, config, config.mask_noise, mean)
     if config.masks == "sync":
         return chosen
@@ -182,9 +183,10 @@ def leave_one_out(teacher: SyncMaskModel, batch: Batch, image: Tensor, text: Ten
         return scores
     words = batch.word_ids[rows]
     attended = batch.attended[rows] & (words != batch.word_ids[rows, places].unsqueeze(1))
-    without = teacher.text_features(teacher.encode_text(batch.input_ids[rows], attended))
-    lost = teacher.text_features(text)[rows].float() - without
-    scores[rows, places] = (lost * teacher.image_features(image)[rows]).sum(dim=1)
+    without = teacher.encode_text(batch.input_ids[rows], attended)
+    with torch.autocast(text.device.type, enabled=False):  # features that differ by little
+        lost = teacher.text_features(text)[rows].float() - teacher.text_features(without)
+        scores[rows, places] = (lost * teacher.image_features(image)[rows]).sum(dim=1)
     return scores
 
 

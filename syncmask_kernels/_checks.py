@@ -47,10 +47,6 @@ def floating(name: str, value: Tensor, *layouts: str) -> None:
     """A tensor of floats, and of one of the `layouts` (see `rank`) where any are given."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         dtype(name, value, *FLOATS)
-    dimensions = value.dim()
-    for layout in layouts:
-        if dimensions == layout.count(",") + 1:
-            return
     if layouts:
         rank(name, value, *layouts)
 

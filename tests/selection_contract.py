@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import pytest
@@ -22,14 +23,14 @@ def assert_same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
     assert all(map(torch.equal, got, wanted))
 
 
-class SelectionContract:
+class SelectionContract(ABC):
     """A class of tests of `backend`, which adds those of its own sizes and limits."""
 
     backend: str
 
+    @abstractmethod
     def serve(self, op: Any, arguments: dict[str, Any]) -> Any:
         """The answer on the CPU, to arguments on the CPU."""
-        raise NotImplementedError
 
     def select(self, arguments: dict[str, Any]) -> smk.SyncMask:
         selected: smk.SyncMask = self.serve(smk.sync_topk_mask, arguments)

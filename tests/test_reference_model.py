@@ -208,7 +208,7 @@ def test_rules_score_alike_in_bfloat16(model: SyncMaskModel, batch: Batch, word_
         got = teacher_masks(model, batch, *encode(model, batch), config).token_scores
     assert got.dtype == torch.float32
     error = (got - wanted)[batch.token_valid].abs().mean()
-    assert error < wanted[batch.token_valid].std()
+    assert error < wanted[batch.token_valid].std() / 8
 
 
 def test_a_batch_without_words_masks_none(model: SyncMaskModel, batch: Batch) -> None:

@@ -14,8 +14,8 @@ namespace syncmask::cpu {
 
 // An output that the kernel is going to fill. glibc maps what is this large anew for every tensor,
 // and faulting it in by pages of 4 KiB takes several times as long as writing it: ask for huge ones.
-inline Tensor empty_output(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-  Tensor output = empty(like, std::move(sizes), type);
+inline Tensor empty_output(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  Tensor output = empty(like, sizes, type);
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kMapped = uintptr_t{32} << 20, kPage = 4096;
   const uintptr_t first = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
