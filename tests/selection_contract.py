@@ -170,6 +170,19 @@ class SelectionContract(ABC):
         torch.testing.assert_close(got.token_scores, truth, rtol=1e-6, atol=0, equal_nan=True)
         assert (got.token_scores[2] == 0).all()
 
+    @pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
+    def test_not_finite_beside_a_word_without_weight(self, token_score: str) -> None:
+        """NaN of one word is in the share of all; NaN of a word without weight is in no other's."""
+        arguments = case(2, 2, 5, 9, token_score=token_score, lse=torch.randn(1, 2, 2, 5))
+        arguments["token_valid"][:] = True
+        arguments["lse"][..., 1] = -INF
+        arguments["attn"][0, 0, 0, 3, 2] = arguments["attn"][0, 1, 0, 1, 2] = NAN
+        got = self.select(arguments)
+        truth = true_scores(arguments)[1].float()
+        torch.testing.assert_close(got.token_scores, truth, rtol=1e-6, atol=0, equal_nan=True)
+        assert got.token_scores[0].isnan().all()
+        assert got.token_scores[1, [0, 2, 3, 4]].isfinite().all()
+
     def test_large_lse(self) -> None:
         self.check(case(token_score="dual", lse=torch.randn(1, 2, 3, 7) + 700))
 

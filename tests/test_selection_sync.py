@@ -324,6 +324,19 @@ def test_a_word_that_sees_no_key_scores_zero(
 
 
 @pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
+def test_not_finite_beside_a_word_without_weight(backend: str, token_score: str) -> None:
+    """NaN of one word is in the share of all; NaN of a word without weight is in no other's."""
+    inputs = case(1, 2, 2, 5, 9)
+    inputs["token_valid"][:] = inputs["patch_valid"][:] = True
+    inputs["lse"][..., 1] = -INF
+    inputs["attn"][0, 0, 0, 3, 2] = inputs["attn"][0, 1, 0, 1, 2] = NAN
+    got = smk.sync_topk_mask(**inputs, token_score=token_score).token_scores
+    _, truth = oracle_scores(inputs, ("mean", token_score), torch.float64)
+    torch.testing.assert_close(got, truth.float(), rtol=1e-6, atol=0, equal_nan=True)
+    assert got[0].isnan().all() and got[1, [0, 2, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
 def test_a_patch_that_no_word_sees_is_shared_by_none(backend: str, token_score: str) -> None:
     inputs = case(1, 3, 2, 7, 12)
     inputs["attn"][..., 4] = 0.0

@@ -141,8 +141,9 @@ def token_scores(
             if rule == "max":
                 planes.append(attn)
                 continue
-            row_factor = 1.0 if lse is None else lse[i][:, head, :, None].exp()
-            weights = torch.where(token_valid[:, :, None], attn * row_factor, 0.0)
+            row_factor = torch.ones(()) if lse is None else lse[i][:, head, :, None].exp()
+            weighs = token_valid[:, :, None] & (row_factor != 0)
+            weights = torch.where(weighs, attn * row_factor, 0.0)
             total = weights.sum(dim=1, keepdim=True)
             share = weights / torch.where(total == 0, 1.0, total)
             planes.append(attn * share if rule == "dual" else share)

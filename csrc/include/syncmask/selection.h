@@ -252,10 +252,10 @@ SYNCMASK_INLINE void score_shares(const Attention<T>& a, float* token_scores, fl
     for (int64_t t = 0; t < a.tokens; ++t) {
       const T* row = a.planes.first[plane] + t * a.planes.row;
       float* sums = shares + t * a.patches;
-      if (factors[t] == 0.0f) continue;
+      if (!a.counts(t)) continue;
       for (int64_t p = 0; p < a.patches; ++p) {
         const float value = widen(row[p]);
-        const float share = value * factors[t] / totals[p];
+        const float share = (factors[t] == 0.0f ? 0.0f : value * factors[t]) / totals[p];
         sums[p] += dual ? share * value : share;
       }
     }

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kWarps* kLanes, 1)
       for (int c = 0; c < kColumns; ++c) {
         // A patch that no word looks at is shared by none.
         const float total = totals[c] == 0.0f ? 1.0f : totals[c];
-        const float share = lift == 0.0f ? 0.0f : values[i][c] * lift / total;
+        const float share = (lift == 0.0f ? 0.0f : values[i][c] * lift) / total;
         shares[i][c] += dual ? share * values[i][c] : share;
       }
       // The next plane is on its way while this one is worked at.
