@@ -38,7 +38,7 @@ SYNCMASK_INLINE void word_shares(const float* logits, int64_t keys, int64_t widt
       widen(row + lane, value);
       widen(counted + lane, count);
       value -= top;
-      exponential(value, value);
+      exponential2(value, value);
       value = count == 0.0f ? Floats{} : value;
       total += value;
       store(value, share + lane);

@@ -116,24 +116,41 @@ SYNCMASK_INLINE double across(const Floats& lanes) {
   return total;
 }
 
-// e to the power of each lane within 2 units of the last place; 0 below the normal numbers.
-SYNCMASK_INLINE void exponential(const Floats& x, Floats& result) {
-  constexpr float kToInteger = 0x1.8p23f;  // added, it leaves the rounded value in the low bits
-  const Floats scaled = x * 1.44269504f + kToInteger;
-  const Floats whole = scaled - kToInteger;
-  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats power = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  power = power * rest + 8.3334519073e-3f;
-  power = power * rest + 4.1665795894e-2f;
-  power = power * rest + 1.6666665459e-1f;
-  power = power * rest + 5.0000001201e-1f;
-  power = power * rest * rest + rest + 1.0f;
+constexpr float kLog2E = 1.44269504f;
+// Added to an integer, it leaves the exponent of this power of two in the low bits.
+constexpr float kToExponent = 0x1.8p23f + 127.0f;
+
+// 2 to the power of `rest`, of at most a half, times the power of two whose exponent `shifted` has.
+SYNCMASK_INLINE void power_of_two(const Floats& shifted, const Floats& rest, Floats& power) {
+  power = rest * 1.5345812e-4f + 1.3399931e-3f;
+  power = power * rest + 9.6184890e-3f;
+  power = power * rest + 5.5503288e-2f;
+  power = power * rest + 2.4022647e-1f;
+  power = power * rest + 6.9314721e-1f;
+  power = power * rest + 1.0f;
   Ints exponent;
-  std::memcpy(&exponent, &scaled, sizeof exponent);
-  exponent = (exponent + 127) << 23;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent <<= 23;
   Floats scale;
   std::memcpy(&scale, &exponent, sizeof scale);
-  result = x < -87.0f ? Floats{} : power * scale;
+  power *= scale;
+}
+
+// 2 and e to the power of each lane within 2 units of the last place; 0 below the normal numbers.
+SYNCMASK_INLINE void exponential2(const Floats& x, Floats& result) {
+  const Floats shifted = x + kToExponent, rest = x - (shifted - kToExponent);
+  Floats power;
+  power_of_two(shifted, rest, power);
+  result = x < -126.0f ? Floats{} : power;
+}
+
+SYNCMASK_INLINE void exponential(const Floats& x, Floats& result) {
+  const Floats shifted = x * kLog2E + kToExponent, whole = shifted - kToExponent;
+  // In two steps, of which the first is exact.
+  const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats power;
+  power_of_two(shifted, rest * kLog2E, power);
+  result = x < -87.0f ? Floats{} : power;
 }
 
 // Lane by lane, which also rounds less than one long sum.
