@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MOST_INPUTS = 256
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-LARGEST_MMAP_THRESHOLD = 2**25  # where glibc's own, which grows with what is freed, ends
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+LARGEST_IN_HEAP = 2**25  # where glibc's own limit, which grows with what is freed, ends
 FEWEST_TURNS, MOST_SECONDS = 5, 3.0  # a slow comparison ends early, but not before these turns
 
 Function = Callable[[Any], Any]
@@ -147,19 +148,30 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
+def _limit_heap(largest: int) -> None:
+    """Larger blocks are new to the process each time; of others the heap keeps twice that much.
+
+    These are glibc's proportions. Without a limit of trimming beside that of blocks, what a
+    contender frees would go back to the system, and it would pay for new pages in each call.
+    """
+    libc = ctypes.CDLL(None)
+    with suppress(AttributeError):  # another library of C
+        libc.mallopt(M_MMAP_THRESHOLD, largest)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * largest)
+
+
 def _growth_of_process(function: Function, argument: Any) -> int:
     """Of resident memory, which sees the scratch of C++ threads as well as PyTorch's allocator."""
-    libc = ctypes.CDLL(None)
     # What is freed goes back at once, or what a contender before left in the heap would count.
-    libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-    libc.malloc_trim(0)
+    _limit_heap(2**20)
+    ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _resident("VmRSS")
         result = function(argument)
         return _resident("VmHWM") - before - _new_bytes(result, argument)
     finally:
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+        _limit_heap(LARGEST_IN_HEAP)
 
 
 def _growth_of_device(function: Function, argument: Any) -> int:
@@ -204,6 +216,7 @@ def compare(
     All others are checked on the first input before anything is timed: a wrong result has no time.
     """
     names = list(contenders)
+    _limit_heap(LARGEST_IN_HEAP)
     for name in names[1:]:
         check(contenders[name](inputs[0]))
     samplers = {name: sampler(function, inputs) for name, function in contenders.items()}
