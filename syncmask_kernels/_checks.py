@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from numbers import Real
 
@@ -83,8 +84,18 @@ def ids(
 
 
 def number(name: str, value: float) -> None:
-    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def finite(name: str, value: float) -> float:
+    """A number that a float holds, as a float."""
+    number(name, value)
+    if not isinstance(value, Real):
+        return value  # symbolic
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def integer(name: str, value: int) -> None:
@@ -96,6 +107,8 @@ def count(name: str, value: int) -> None:
     integer(name, value)
     if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
 
 
 def fraction(name: str, value: float) -> None:
@@ -111,5 +124,5 @@ def index(name: str, value: int, size: int, of: str) -> None:
 
 
 def choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

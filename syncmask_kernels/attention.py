@@ -114,7 +114,7 @@ def head_average(attn: Tensor | Sequence[Tensor], *, skip_keys: int = 1) -> Tens
         TypeError: `attn` is no floating tensor.
         ValueError: wrong rank, no head or layer, or `skip_keys` outside ``[0, S]``.
 
-    Deterministic: the same bits run after run and in any batch, on one backend.
+    Deterministic: the same bits run after run and, but on eager, in any batch, on one backend.
 
     Source: ALBEF reads its maps so for Grad-CAM (`attention_map`, before dropout).
 
@@ -153,7 +153,7 @@ def check_qk(
     if dim == 0:
         raise ValueError(f"q must have D of at least 1, got shape {tuple(queries.shape)}")
     if scale is not None:
-        _checks.number("scale", scale)
+        scale = _checks.finite("scale", scale)
     _checks.shape("k", keys, "[(L,) B, H, S, D]", (layers, batch, heads, keys.shape[3], dim))
     check_skip_keys(skip_keys, keys.shape[3])
     _checks.mask("key_valid", key_valid, "[B, S]", (batch, keys.shape[3]), "q", queries)
@@ -185,9 +185,9 @@ def attention_map(
         TypeError: types differ or are not floating.
         ValueError: shapes, devices or `skip_keys` do not fit.
 
-    Deterministic: the same bits run after run and in any batch, on one backend. The probabilities
-    ``[L, B, H, T, S]`` never exist in memory (the eager backend holds them; the backward of the
-    others holds those of one head at a time).
+    Deterministic: the same bits run after run and, but on eager (whose products are PyTorch's), in
+    any batch, on one backend. The probabilities ``[L, B, H, T, S]`` never exist in memory (the
+    eager backend holds them; the backward of the others holds those of one head at a time).
 
     Source: BERT/ALBEF cross-attention without dropout.
 
@@ -230,8 +230,9 @@ def attention_with_map(
 
     Returns:
         AttentionWithMap: ``output [B, H, T, E]`` in the type of `q`, and ``map [B, T,
-        S - skip_keys]`` as `attention_map` returns it. A row without a valid key is 0 in both.
-        Gradients flow to `q`, `k` and `v` from both.
+        S - skip_keys]`` as `attention_map` returns it. A row without a valid key is 0 in both
+        (`v` has to be finite: the values of all keys are read). Gradients flow to `q`, `k` and `v`
+        from both.
 
     Raises:
         TypeError: types differ or are not floating.

@@ -116,6 +116,14 @@ def test_half_types(token_score: str) -> None:
     check(case(dtype=torch.float16, token_score=token_score))
 
 
+def test_words_share_a_patch_that_is_none_of_theirs() -> None:
+    """Far below the CLS key a patch has no probability left, but its logits still differ."""
+    q, k = torch.tensor([[[[10.0], [9.0]]]]), torch.tensor([[[[20.0], [-1.0]]]])
+    arguments = {"q": q, "k": k, "scale": 1.0, "token_score": "text_softmax"}
+    scores = serve(smk.sync_topk_mask_qk, "triton", arguments).token_scores
+    torch.testing.assert_close(scores, torch.tensor([[-10.0, -9.0]]).softmax(dim=1))
+
+
 @pytest.mark.parametrize("token_score", ["max", "text_softmax", "dual"])
 def test_rows_without_words_keys_or_patches(token_score: str) -> None:
     arguments = case(4, heads=1, token_score=token_score)

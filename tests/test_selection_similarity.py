@@ -113,6 +113,15 @@ def test_minus_infinity_is_a_similarity(backend: str) -> None:
     assert smk.max_similarity(torch.ones(1, 1, 1), tokens).item() == -float("inf")
 
 
+def test_minus_infinity_of_a_valid_token_beats_excluded_ones(backend: str) -> None:
+    patches = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
+    tokens = torch.tensor([[[5.0, 5.0], [-float("inf"), 0.0]]], requires_grad=True)
+    score = smk.max_similarity(patches, tokens, torch.tensor([[False, True]]))
+    grads = torch.autograd.grad(score.sum(), [patches, tokens])
+    assert grads[0].tolist() == [[[-float("inf"), 0.0]]]
+    assert grads[1].tolist() == [[[0.0, 0.0], [1.0, 0.0]]]
+
+
 def test_the_first_of_several_nan_gets_the_gradient(backend: str) -> None:
     patches, tokens = torch.ones(1, 2, 3), torch.ones(1, 5, 3)
     tokens[0, [1, 3]] = float("nan")

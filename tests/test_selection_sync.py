@@ -338,6 +338,59 @@ def test_not_finite_beside_a_word_without_weight(backend: str, token_score: str)
 
 
 @pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
+def test_excluded_patches_score_nothing_whatever_lse_is(backend: str, token_score: str) -> None:
+    inputs = case(1, 2, 2, 5, 9)
+    inputs["patch_valid"][:] = False
+    inputs["lse"][0, 0, 0, 1], inputs["lse"][0, 1, 0, 2] = NAN, INF
+    chosen = smk.sync_topk_mask(**inputs, token_score=token_score)
+    assert (chosen.token_scores == 0).all()
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF])
+@pytest.mark.parametrize("rules", RULES, ids="-".join)
+def test_gradients_do_not_depend_on_what_does_not_count(
+    backend: str, rules: tuple[str, str], garbage: float
+) -> None:
+    """Rows of other words and excluded patches may hold anything."""
+    inputs = case(1, 3, 2, 7, 12)
+    inputs["token_valid"][:, 0] = True  # the CLS row is read
+    counts = inputs["token_valid"][:, :, None] & torch.nn.functional.pad(
+        inputs["patch_valid"], (1, 0)
+    ).unsqueeze(1)
+
+    def grads(attn: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        leaves = {"attn": attn.requires_grad_(), "lse": lse.requires_grad_()}
+        chosen = smk.sync_topk_mask(**(inputs | leaves), patch_score=rules[0], token_score=rules[1])
+        loss = (chosen.patch_scores * torch.arange(11)).sum() + chosen.token_scores.square().sum()
+        return torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
+    dirty = (
+        inputs["attn"].masked_fill(~counts[:, None], garbage),
+        inputs["lse"].masked_fill(~inputs["token_valid"][:, None], garbage),
+    )
+    clean = grads(inputs["attn"].clone(), inputs["lse"].clone())
+    assert all(map(torch.equal, grads(*dirty), clean))
+
+
+@pytest.mark.parametrize("rules", RULES, ids="-".join)
+def test_own_token_scores_ask_no_rule_for_gradients(backend: str, rules: tuple[str, str]) -> None:
+    attn = torch.rand(1, 2, 3, 5).requires_grad_()
+    lse = torch.full((1, 2, 3), NAN, requires_grad=True)
+    chosen = smk.sync_topk_mask(
+        attn,
+        lse=lse,
+        patch_score=rules[0],
+        token_score=rules[1],
+        token_scores=torch.zeros(1, 3),
+    )
+    got = torch.autograd.grad(chosen.patch_scores.sum(), [attn, lse], allow_unused=True)
+    assert got[1] is None
+    wanted = torch.zeros(3, 5)
+    wanted[slice(None) if rules[0] == "mean" else 0, 1:] = 1 / 6 if rules[0] == "mean" else 1 / 2
+    torch.testing.assert_close(got[0], wanted.expand(1, 2, 3, 5))
+
+
+@pytest.mark.parametrize("token_score", ["text_softmax", "dual"])
 def test_a_patch_that_no_word_sees_is_shared_by_none(backend: str, token_score: str) -> None:
     inputs = case(1, 3, 2, 7, 12)
     inputs["attn"][..., 4] = 0.0

@@ -225,6 +225,39 @@ def test_a_row_is_scored_alike_in_any_batch(backend: str) -> None:
         assert all(torch.equal(a[b : b + 1], c) for a, c in zip(whole, alone, strict=True))
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.45, 0.1])
+def test_words_share_a_patch_that_is_none_of_theirs(backend: str, factor: float) -> None:
+    """Far below the CLS key a patch has no probability left, but its logits still differ."""
+    q = (factor * torch.tensor([[[[10.0], [9.0]]]])).requires_grad_()
+    k = torch.tensor([[[[20.0], [-1.0]]]], requires_grad=True)
+    share = (k[0, 0, 1] * q[0, 0]).softmax(dim=0).T
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            scores = smk.sync_topk_mask_qk(q, k, scale=1.0, token_score="text_softmax").token_scores
+        torch.testing.assert_close(scores, share.detach(), rtol=1e-5, atol=0.0, check_dtype=True)
+    got = torch.autograd.grad(scores[0, 0], [q, k])
+    for ours, wanted in zip(got, torch.autograd.grad(share[0, 0], [q, k]), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("rules", RULES, ids="-".join)
+def test_gradients_of_words_do_not_depend_on_what_does_not_count(
+    backend: str, rules: tuple[str, str]
+) -> None:
+    inputs = {**case(1, 2, 2, 5, 9, 8), "patch_score": rules[0], "token_score": rules[1]}
+    inputs["token_valid"] = torch.tensor([[True, True, False, True, False]] * 2)
+
+    def grads(q: Tensor) -> tuple[Tensor, ...]:
+        leaves = {"q": q.requires_grad_(), "k": inputs["k"].clone().requires_grad_()}
+        chosen = smk.sync_topk_mask_qk(**(inputs | leaves))
+        loss = (chosen.patch_scores * torch.arange(8)).sum() + chosen.token_scores.square().sum()
+        return torch.autograd.grad(loss, list(leaves.values()))
+
+    clean = inputs["q"].clone()
+    dirty = clean.detach().masked_fill(~inputs["token_valid"][:, None, :, None], float("nan"))
+    assert all(map(torch.equal, grads(dirty), grads(clean)))
+
+
 @pytest.mark.parametrize("rules", RULES, ids="-".join)
 @pytest.mark.parametrize("shape", [(1, 0, 2, 3, 5, 4), (1, 2, 2, 0, 5, 4), (1, 2, 2, 3, 1, 4)])
 def test_empty(backend: str, shape: tuple[int, ...], rules: tuple[str, str]) -> None:

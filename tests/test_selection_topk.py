@@ -181,6 +181,47 @@ def test_complement_leaves_out_excluded_positions() -> None:
     assert torch.equal(rebuilt.gather(1, kept.restore), torch.where(listed, rows, -1.0))
 
 
+def test_complement_of_rows_that_keep_less_than_all_positions() -> None:
+    """As wide as the rows: one mask token is behind them, and no kept row stands in for it."""
+    scores = adversarial(9, 20)
+    chosen = smk.topk_mask(scores, k=torch.arange(9))
+    kept = smk.complement(chosen, width=20)
+    rows = torch.arange(20.0).expand(9, 20)
+    rebuilt = torch.cat([rows.gather(1, kept.ids.clamp(min=0)), torch.full((9, 1), -1.0)], dim=1)
+    assert torch.equal(rebuilt.gather(1, kept.restore), torch.where(chosen.mask, -1.0, rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"topk": torch.ones(2, 3, dtype=torch.bool)},
+            TypeError,
+            "topk must be a TopK, got Tensor",
+        ),
+        ({"width": -1}, ValueError, "width must be at least 0, got -1"),
+        ({"valid": torch.ones(2, 3)}, TypeError, "valid must be of type bool, got float32"),
+        ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, "valid must be the shape of"),
+        (
+            {"valid": torch.ones(2, 3, dtype=torch.bool, device="meta")},
+            ValueError,
+            "valid must be on the device of topk.mask",
+        ),
+    ],
+)
+def test_complement_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"topk": smk.topk_mask(torch.randn(2, 3), k=1), **change}
+    with pytest.raises(error, match=message):
+        smk.complement(**arguments)
+
+
+def test_negated_views_are_chosen_from(backend: str) -> None:
+    scores = adversarial(5, 20)
+    negated = torch.complex(torch.zeros_like(scores), -scores).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(smk.topk_mask(negated, k=7).mask, smk.topk_mask(scores, k=7).mask)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -194,6 +235,9 @@ def test_complement_leaves_out_excluded_positions() -> None:
         ),
         ({"k": None}, ValueError, "exactly one of k and ratio"),
         ({"k": -1}, ValueError, "k must be at least 0, got -1"),
+        ({"k": 2**63}, ValueError, "k must fit into 64 bits, got 9223372036854775808"),
+        ({"largest": "yes"}, TypeError, "largest must be a bool, got str"),
+        ({"k": None, "ratio": True}, TypeError, "ratio must be a number, got bool"),
         ({"k": 1.5}, TypeError, "k must be an int or an int64 tensor, got float"),
         (
             {"k": torch.ones(3, dtype=torch.int64)},

@@ -39,8 +39,9 @@ def max_similarity(patches: Tensor, tokens: Tensor, token_valid: Tensor | None =
 
     Returns:
         Tensor: ``[B, P]`` float32 (float64 for float64); 0 where no token is valid. Ties go to the
-        lower token. The gradient flows to `patches` and to each patch's best token. The
-        similarities ``[B, P, T]`` never exist in memory (the eager backend holds them).
+        lower token (on eager those of products that PyTorch rounds alike). The gradient flows to
+        `patches` and to each patch's best token. The similarities ``[B, P, T]`` never exist in
+        memory (the eager backend holds them).
 
     Raises:
         TypeError: types differ or are not floating.

@@ -92,6 +92,8 @@ def _request(
         _checks.same_device(of, scores, name, attn)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
+    if token_scores is not None:  # no rule is asked, nor has it a gradient
+        scoring = scoring._replace(lse=None, token_score="max")
     if tokens == 0:  # there is no row of CLS to read, and both rules give 0
         scoring = scoring._replace(patch_score="mean")
     ratios = (
@@ -188,8 +190,9 @@ def sync_topk_mask(
         ``token_ids [B, Kt]`` int64, ascending, padded with -1 (Kp is `patch_k` or the ceiling of
         ``patch_ratio * P``, P where `patch_k` is a tensor; Kt likewise, and T with `word_ids`,
         whose words may have any number of pieces); ``patch_scores [B, P]`` and ``token_scores
-        [B, T]`` float32 (float64 for float64), without the noise, 0 at excluded positions. The
-        gradient flows from the scores to `attn` and `lse`, not from masks and ids.
+        [B, T]`` float32 (float64 for float64), without the noise, 0 at excluded positions (the
+        caller's own as they came). The gradient flows from the scores to `attn` and `lse`, not from
+        masks and ids.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape or device, out of range, or

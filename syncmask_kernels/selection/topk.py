@@ -39,8 +39,7 @@ def count_of(
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
             raise TypeError(f"{prefix}k must be an int or an int64 tensor, got {type(k).__name__}")
-        if k < 0:
-            raise ValueError(f"{prefix}k must be at least 0, got {k}")
+        _checks.count(f"{prefix}k", k)
         return Count(None, k, 0, k if width is None else width)
     if ratio is None:
         raise ValueError(f"one of {prefix}k and {prefix}ratio must be given, got neither")
@@ -102,6 +101,8 @@ def topk_mask(
     if width is not None:
         _checks.count("width", width)
     _checks.mask("valid", valid, "the shape of scores", scores.shape, "scores", scores)
+    if not isinstance(largest, bool):
+        raise TypeError(f"largest must be a bool, got {type(largest).__name__}")
     rows = tuple(scores.shape[:-1])
     count = count_of("", scores.shape[-1], rows, scores.device, k, ratio, width)
     fixed = scores.detach()
@@ -133,12 +134,12 @@ def complement(topk: TopK, *, valid: Tensor | None = None, width: int | None = N
 
     Returns:
         Complement: ``ids [..., W]`` int64, ascending, padded with -1, and ``restore [..., N]``
-        int64: with ``y = cat([kept rows, mask tokens])`` of W + (N - W) rows,
+        int64: with ``y = cat([kept rows, mask tokens])`` of W rows and N - W (at least 1),
         ``y.gather(restore)`` puts every kept row back and a mask token elsewhere. It is the inverse
         permutation where the row keeps W positions; where it keeps fewer, mask tokens repeat.
 
     Raises:
-        ValueError: shapes do not fit.
+        TypeError, ValueError: an argument is of the wrong type, shape or device, or negative.
 
     Deterministic; no host sync. Source: MAE's ``ids_keep`` and ``ids_restore``.
 
@@ -148,17 +149,17 @@ def complement(topk: TopK, *, valid: Tensor | None = None, width: int | None = N
         >>> smk.complement(chosen)
         Complement(ids=tensor([[1, 3]]), restore=tensor([[2, 0, 3, 1]]))
     """
+    if not isinstance(topk, TopK):
+        raise TypeError(f"topk must be a TopK, got {type(topk).__name__}")
     positions = topk.mask.shape[-1]
-    if valid is not None:
-        _checks.dtype("valid", valid, torch.bool)
-        _checks.shape("valid", valid, "the shape of topk.mask", topk.mask.shape)
+    _checks.mask("valid", valid, "the shape of topk.mask", topk.mask.shape, "topk.mask", topk.mask)
     if width is not None:
         _checks.count("width", width)
     kept = ~topk.mask if valid is None else ~topk.mask & valid
     width = max(positions - topk.ids.shape[-1], 0) if width is None else width
     listed = kept & (kept.cumsum(dim=-1) <= width)
     slots = torch.where(listed, listed.cumsum(-1) - 1, width + (~listed).cumsum(-1) - 1)
-    return Complement(ids_of(listed, width), slots.clamp(max=max(positions - 1, 0)))
+    return Complement(ids_of(listed, width), slots.clamp(max=max(positions - 1, width)))
 
 
 class AttentiveMask(NamedTuple):

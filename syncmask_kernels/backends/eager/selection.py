@@ -23,7 +23,7 @@ def order_keys(scores: Tensor, valid: Tensor | None, largest: bool) -> Tensor:
     """
     if scores.dtype != torch.float64:
         scores = scores.float()
-    signed = scores if largest else -scores
+    signed = (scores if largest else -scores).resolve_neg()
     bits = signed.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
     info = torch.iinfo(bits.dtype)
     bits = bits.masked_fill(bits == info.min, 0)  # -0.0 equals 0.0
@@ -96,17 +96,26 @@ def _patch_mean(scoring: Scoring) -> Tensor:
     return mean.masked_fill(~scoring.patch_valid.unsqueeze(1), 0.0)
 
 
-def _column_share(attn: Tensor, lse: Tensor | None, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the valid words of the logits ``log attn + lse``, [L, B, H, T, P].
+def _listed(scoring: Scoring) -> Tensor:
+    """The words and patches that are scored, [B, 1, T, P] or [B, 1, T, 1]."""
+    listed = _token_valid(scoring)[:, None, :, None]
+    if scoring.patch_valid is None:
+        return listed
+    return listed & scoring.patch_valid[:, None, None, :]
+
+
+def _column_share(attn: Tensor, lse: Tensor | None, listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the listed words of the logits ``log attn + lse``, [L, B, H, T, P].
 
     Also the derivative of each unnormalised weight by `attn`, divided by its column's total. A
     patch that no word looks at (all zero) is shared by none.
     """
-    slope = valid[:, None, :, None].to(attn.dtype)
+    slope = listed.to(attn.dtype)
     if lse is not None:
         # A factor common to all words cancels, so the softmax of lse serves for its exponential.
-        lse = lse.to(attn.dtype).masked_fill(~valid[:, None, :], float("-inf"))
-        slope = softmax(lse).unsqueeze(-1)
+        valid = listed.any(dim=-1)
+        lse = lse.to(attn.dtype).masked_fill(~valid, float("-inf"))
+        slope = torch.where(listed, softmax(lse).unsqueeze(-1), 0.0)
     weights = torch.where(slope == 0, 0.0, attn * slope)
     total = weights.sum(dim=-2, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)
@@ -114,16 +123,17 @@ def _column_share(attn: Tensor, lse: Tensor | None, valid: Tensor) -> tuple[Tens
 
 
 def _wide_attn(scoring: Scoring) -> Tensor:
-    """The probabilities of the patches in the type of the scores; 0 at excluded patches."""
+    """The probabilities of the patches in the type of the scores; 0 where they are not scored."""
     attn = scoring.attn[..., scoring.skip_keys :]
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    if scoring.patch_valid is None:
-        return attn
-    return attn.masked_fill(~scoring.patch_valid[:, None, None, :], 0.0)
+    return attn.masked_fill(~_listed(scoring), 0.0)
 
 
-def sync_scores(scoring: Scoring) -> tuple[Tensor, Tensor]:
-    """The scores of patches [B, P] and words [B, T]; excluded positions score 0."""
+def sync_scores(scoring: Scoring, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The scores of patches [B, P] and words [B, T]; excluded positions score 0.
+
+    `share` [L, B, H, T, P]: of each word in a patch, where the caller knows better than attention.
+    """
     valid = _token_valid(scoring)
     mean = _patch_mean(scoring)
     if scoring.patch_score == "cls":
@@ -134,7 +144,8 @@ def sync_scores(scoring: Scoring) -> tuple[Tensor, Tensor]:
     per_patch = mean
     if scoring.token_score != "max":
         attn = _wide_attn(scoring)
-        share, _ = _column_share(attn, scoring.lse, valid)
+        if share is None:
+            share, _ = _column_share(attn, scoring.lse, _listed(scoring))
         per_patch = (share * attn if scoring.token_score == "dual" else share).mean(dim=(0, 2))
     if scoring.token_score == "dual":
         token = per_patch.sum(dim=-1)
@@ -170,7 +181,7 @@ def sync_scores_backward(
     grad = grad_mean[None, :, None].expand(*scoring.attn.shape[:-1], mean.shape[-1])
     if scoring.token_score != "max":
         attn = _wide_attn(scoring)
-        share, slope = _column_share(attn, scoring.lse, valid)
+        share, slope = _column_share(attn, scoring.lse, _listed(scoring))
         if scoring.token_score == "dual":
             grad_share = token_grad[None, :, None] * attn
             grad = grad + token_grad[None, :, None] * share
@@ -238,11 +249,17 @@ def _with_noise(scores: Tensor, noise: Tensor | None) -> Tensor:
 
 def sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
     """`sync_scores` from queries and keys."""
-    logits = attention_logits(scoring.q, scoring.k, scoring.key_valid, scoring.scale)
-    attn, lse = softmax(logits), logits.logsumexp(dim=-1)
+    q = scoring.q
+    if scoring.token_valid is not None:  # other rows may hold anything, which reaches no gradient
+        read = scoring.token_valid.clone()
+        if scoring.patch_score == "cls":
+            read[:, scoring.cls_index] = True
+        q = q.masked_fill(~read[:, None, :, None], 0.0)
+    logits = attention_logits(q, scoring.k, scoring.key_valid, scoring.scale)
+    attn = softmax(logits)
     of_attn = Scoring(
         attn,
-        lse,
+        None,
         scoring.token_valid,
         scoring.patch_valid,
         scoring.patch_score,
@@ -250,7 +267,12 @@ def sync_scores_qk(scoring: ScoringQK) -> tuple[Tensor, Tensor]:
         scoring.skip_keys,
         scoring.cls_index,
     )
-    patch, token = sync_scores(of_attn)
+    share = None
+    if scoring.token_score != "max":
+        # Of the logits themselves: a probability can be 0 where the word is still the patch's best.
+        columns = logits[..., scoring.skip_keys :].masked_fill(~_listed(of_attn), float("-inf"))
+        share = softmax(columns.mT).mT
+    patch, token = sync_scores(of_attn, share)
     if scoring.distance is not None:
         weighted = attn * scoring.distance.unsqueeze(-2)
         patch, _ = sync_scores(of_attn._replace(attn=weighted, token_score="max"))
@@ -265,6 +287,8 @@ def max_similarity(
     A row without valid tokens has scores 0 and ids -1.
     """
     wide = torch.promote_types(patches.dtype, torch.float32)
+    if token_valid is not None:
+        tokens = tokens.masked_fill(~token_valid.unsqueeze(-1), 0.0)
     similarity = product(patches.to(wide), tokens.to(wide).mT)
     if tokens.shape[1] == 0:
         scores = similarity.sum(dim=-1)
@@ -272,7 +296,10 @@ def max_similarity(
     if token_valid is None:
         scores, ids = similarity.max(dim=-1)
         return scores, ids
-    scores, ids = similarity.masked_fill(~token_valid[:, None], float("-inf")).max(dim=-1)
+    ids = similarity.detach().masked_fill(~token_valid[:, None], float("-inf")).argmax(dim=-1)
+    first = token_valid.to(torch.uint8).argmax(dim=-1, keepdim=True)
+    ids = torch.where(token_valid.gather(1, ids), ids, first)  # all valid ones may be -inf
+    scores = similarity.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     empty = ~token_valid.any(dim=-1, keepdim=True)
     return scores.masked_fill(empty, 0.0), ids.masked_fill(empty, -1)
 

@@ -28,14 +28,13 @@ def nan_max(x, axis: tl.constexpr):
 
 
 @triton.jit
-def word_share(weights, slope):
-    """Each word's share of a patch: weights [words, patches] times slope, normalised over words.
+def word_share(weights):
+    """Each word's share of a patch: weights [words, patches] normalised over words.
 
     A patch that no word looks at is shared by none.
     """
-    lifted = tl.where(slope[:, None] == 0, 0.0, weights * slope[:, None])
-    total = tl.sum(lifted, 0)
-    return tl.div_rn(lifted, tl.where(total == 0, 1.0, total)[None, :])
+    total = tl.sum(weights, 0)
+    return tl.div_rn(weights, tl.where(total == 0, 1.0, total)[None, :])
 
 
 @triton.jit
@@ -122,7 +121,7 @@ def score_kernel(
                 row = (tl.cast(i // heads, tl.int64) * B + b) * heads + i % heads
                 logits = tl.load(lse + row * T + words, counted, float("-inf")).to(tl.float32)
                 slope = tl.exp(logits - finite_or_zero(nan_max(logits, 0)))
-            share = word_share(weights, slope)
+            share = word_share(tl.where(slope[:, None] == 0, 0.0, weights * slope[:, None]))
             shared += share * weights if TOKEN_RULE == "dual" else share
     store_parts(
         patch_parts, token_parts, mean, mean if TOKEN_RULE == "max" else shared, weighed, counted,
@@ -162,7 +161,8 @@ def score_qk_kernel(
         row = (layer * B + b) * heads + head
         top = tl.load(tops + row * T + words, read, float("-inf"))
         total = tl.load(totals + row * T + words, read, 0.0)
-        weights = probabilities(masked_logits(queries, chunks, allowed, scale), top, total)
+        logits = masked_logits(queries, chunks, allowed, scale)
+        weights = probabilities(logits, top, total)
         weights = tl.where(read[:, None] & scored[None, :], weights, 0.0)
         if TOKEN_RULE == "max" or distance is None:
             mean += weights
@@ -170,10 +170,9 @@ def score_qk_kernel(
             far = tl.load(distance + row * S + keys, scored, 0.0)
             distant += weights * far[None, :]
         if TOKEN_RULE != "max":
-            # The exponential of a row's log-sum-exp, but for a factor common to all words.
-            slope = tl.where(counted, top, float("-inf"))
-            slope = total * tl.exp(slope - finite_or_zero(nan_max(slope, 0)))
-            share = word_share(weights, tl.where(counted, slope, 0.0))
+            # Of the logits: a probability can be 0 where the word is still the patch's best.
+            column = tl.where(counted[:, None], logits, float("-inf"))
+            share = word_share(tl.exp(column - finite_or_zero(nan_max(column, 0))[None, :]))
             shared += share * weights if TOKEN_RULE == "dual" else share
     store_parts(
         patch_parts, token_parts, mean if distance is None else distant,
