@@ -115,7 +115,7 @@ def _column_share(attn: Tensor, lse: Tensor | None, listed: Tensor) -> tuple[Ten
         # A factor common to all words cancels, so the softmax of lse serves for its exponential.
         valid = listed.any(dim=-1)
         lse = lse.to(attn.dtype).masked_fill(~valid, float("-inf"))
-        slope = torch.where(listed, softmax(lse).unsqueeze(-1), 0.0)
+        slope = softmax(lse).unsqueeze(-1)
     weights = torch.where(slope == 0, 0.0, attn * slope)
     total = weights.sum(dim=-2, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)
