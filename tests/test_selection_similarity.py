@@ -137,8 +137,8 @@ def test_excluded_tokens_may_hold_anything(backend: str) -> None:
     poisoned = tokens.masked_fill(~valid[..., None], float("nan"))
 
     def found(given: Tensor) -> tuple[Tensor, ...]:
-        leaves = patches.clone().requires_grad_(), given.clone().requires_grad_()
-        scores = smk.max_similarity(*leaves, valid)
+        leaves = [part.clone().requires_grad_() for part in (patches, given)]
+        scores = smk.max_similarity(leaves[0], leaves[1], valid)
         return scores.detach(), *torch.autograd.grad(scores.square().sum(), leaves)
 
     assert all(map(torch.equal, found(poisoned), found(tokens)))

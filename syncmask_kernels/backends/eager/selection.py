@@ -310,9 +310,10 @@ def max_similarity_backward(
     """Gradients of `max_similarity`, which go to each patch's best token alone."""
     if tokens.shape[1] == 0:
         return torch.zeros_like(patches), torch.zeros_like(tokens)
-    grad = grad.masked_fill(ids < 0, 0.0).unsqueeze(-1)
+    none = (ids < 0).unsqueeze(-1)  # such a patch has no token to read
+    grad = grad.unsqueeze(-1).masked_fill(none, 0.0)
     rows = ids.clamp(min=0).unsqueeze(-1).expand(patches.shape)
-    grad_patches = grad * tokens.to(grad.dtype).gather(1, rows)
+    grad_patches = (grad * tokens.to(grad.dtype).gather(1, rows)).masked_fill(none, 0.0)
     grad_tokens = torch.zeros(tokens.shape, dtype=grad.dtype, device=grad.device)
     grad_tokens.scatter_add_(1, rows, grad * patches.to(grad.dtype))
     return grad_patches.to(patches.dtype), grad_tokens.to(tokens.dtype)
