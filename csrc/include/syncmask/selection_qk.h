@@ -72,14 +72,19 @@ SYNCMASK_INLINE void add_head_scores(float* logits, int64_t keys, int64_t width,
 // `row` [width] becomes the maximum (or sum) over patches of sums [P, width] divided by `heads`.
 SYNCMASK_INLINE void over_patches(const float* sums, const bool* patch_valid, int64_t patches,
                                   int64_t width, bool maximum, float heads, float* row) {
+  constexpr int64_t kPart = 16;  // patches added up for themselves: that rounds less
   for (int64_t lane = 0; lane < width; lane += kLanes) {
-    Floats total = {}, value;
+    Floats total = {}, part = {}, value;
     Maximum best;
     for (int64_t p = 0; p < patches; ++p) {
       widen(sums + p * width + lane, value);
       if (patch_valid && !patch_valid[p]) value = Floats{};
-      total += value;
+      part += value;
       best.take(value);
+      if (p % kPart == kPart - 1 || p == patches - 1) {
+        total += part;
+        part = Floats{};
+      }
     }
     if (maximum && patches > 0) best.lanes(total);
     store(total / heads, row + lane);
