@@ -132,6 +132,15 @@ def test_logits_beyond_the_range_of_exp(backend: str) -> None:
         assert_as_accurate(got, plain, truth)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e10, 1e30])
+def test_huge_logits_look_at_the_largest_alone(backend: str, size: float) -> None:
+    q = size * torch.tensor([1.1, -0.7, 0.3]).view(1, 1, 3, 1)
+    k = torch.linspace(-1.0, 1.0, 20).view(1, 1, 20, 1)
+    wanted = torch.zeros(1, 3, 20)
+    wanted[0, [0, 1, 2], [19, 0, 19]] = 1.0
+    assert torch.equal(smk.attention_map(q, k, skip_keys=0), wanted)
+
+
 def test_broken_logits_are_those_of_eager(backend: str) -> None:
     q, k, _ = qkv((3, 2, 5, 21, 8))
     for queries, keys in [(broken(q), k), (q, broken(k))]:

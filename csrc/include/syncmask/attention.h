@@ -30,11 +30,11 @@ struct AttentionRoom {
   float* factors;  // [width]
 };
 
-// logits [S, width] to the base of 2, -inf at invalid keys.
+// logits [S, width], -inf at invalid keys.
 template <typename T>
 SYNCMASK_INLINE void head_logits(const HeadRows<T>& q, const HeadRows<T>& k, const bool* key_valid,
                                  float scale, int64_t width, const AttentionRoom& room) {
-  pack(q.data, q.row, q.column, q.rows, q.columns, scale * kLog2E, room.queries, width);
+  pack(q.data, q.row, q.column, q.rows, q.columns, scale, room.queries, width);
   const Matrix keys = as_matrix(k.data, k.row, k.column, k.rows, k.columns, 1, room.rows);
   product(keys, k.rows, room.queries, width, width, k.columns, room.logits, width);
   for (int64_t s = 0; key_valid && s < k.rows; ++s) {
@@ -42,7 +42,7 @@ SYNCMASK_INLINE void head_logits(const HeadRows<T>& q, const HeadRows<T>& k, con
   }
 }
 
-// Turns logits [S, width] into powers of 2 of their distance to the largest of each word, and
+// Turns logits [S, width] into exponentials of their distance to the largest of each word, and
 // leaves the factors that make them probabilities: 0 for a word without a valid key.
 SYNCMASK_INLINE void exponentials(float* logits, int64_t keys, int64_t width, float* factors) {
   for (int64_t lane = 0; lane < width; lane += kLanes) {
@@ -55,8 +55,7 @@ SYNCMASK_INLINE void exponentials(float* logits, int64_t keys, int64_t width, fl
     top = top == -INFINITY ? Floats{} : top;
     for (int64_t s = 0; s < keys; ++s) {
       widen(column + s * width, value);
-      value -= top;
-      exponential2(value, value);
+      softmax_weight(value - top, value);
       total += value;
       store(value, column + s * width);
     }

@@ -37,8 +37,7 @@ SYNCMASK_INLINE void word_shares(const float* logits, int64_t keys, int64_t widt
     for (int64_t lane = 0; lane < width; lane += kLanes) {
       widen(row + lane, value);
       widen(counted + lane, count);
-      value -= top;
-      exponential2(value, value);
+      softmax_weight(value - top, value);
       value = count == 0.0f ? Floats{} : value;
       total += value;
       store(value, share + lane);

@@ -136,20 +136,21 @@ SYNCMASK_INLINE void power_of_two(const Floats& shifted, const Floats& rest, Flo
   power *= scale;
 }
 
-// 2 and e to the power of each lane within 2 units of the last place; 0 below the normal numbers.
-SYNCMASK_INLINE void exponential2(const Floats& x, Floats& result) {
-  const Floats shifted = x + kToExponent, rest = x - (shifted - kToExponent);
-  Floats power;
-  power_of_two(shifted, rest, power);
-  result = x < -126.0f ? Floats{} : power;
-}
-
+// e to the power of each lane within 2 units of the last place; 0 below the normal numbers.
 SYNCMASK_INLINE void exponential(const Floats& x, Floats& result) {
   const Floats shifted = x * kLog2E + kToExponent, whole = shifted - kToExponent;
   // In two steps, of which the first is exact.
   const Floats rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
   Floats power;
   power_of_two(shifted, rest * kLog2E, power);
+  result = x < -87.0f ? Floats{} : power;
+}
+
+// The exponential of x <= 0 within a unit of the last place of 1, which is what a softmax needs.
+SYNCMASK_INLINE void softmax_weight(const Floats& x, Floats& result) {
+  const Floats shifted = x * kLog2E + kToExponent, whole = shifted - kToExponent;
+  Floats power;
+  power_of_two(shifted, x * kLog2E - whole, power);
   result = x < -87.0f ? Floats{} : power;
 }
 
