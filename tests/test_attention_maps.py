@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -139,6 +140,12 @@ def test_huge_logits_look_at_the_largest_alone(backend: str, size: float) -> Non
     wanted = torch.zeros(1, 3, 20)
     wanted[0, [0, 1, 2], [19, 0, 19]] = 1.0
     assert torch.equal(smk.attention_map(q, k, skip_keys=0), wanted)
+
+
+def test_scale_is_any_number(backend: str) -> None:
+    q, k, _ = qkv((2, 3, 6, 33, 16))
+    half = smk.attention_map(q, k, scale=0.5)
+    assert torch.equal(smk.attention_map(q, k, scale=Fraction(1, 2)), half)  # type: ignore[arg-type]
 
 
 def test_broken_logits_are_those_of_eager(backend: str) -> None:
@@ -286,6 +293,8 @@ def test_head_average_bad_input(
         ({"key_valid": torch.ones(5, dtype=torch.bool)}, ValueError, r"key_valid must be \[B, S\]"),
         ({"skip_keys": 6}, ValueError, "skip_keys"),
         ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": 10**400}, ValueError, "scale must be finite, got 1000"),
         ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a number, got Tensor"),
     ],
 )

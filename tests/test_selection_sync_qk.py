@@ -234,7 +234,7 @@ def test_words_share_a_patch_that_is_none_of_theirs(backend: str, factor: float)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             scores = smk.sync_topk_mask_qk(q, k, scale=1.0, token_score="text_softmax").token_scores
-        torch.testing.assert_close(scores, share.detach(), rtol=1e-5, atol=0.0, check_dtype=True)
+        torch.testing.assert_close(scores, share.detach(), rtol=1e-5, atol=0.0)
     got = torch.autograd.grad(scores[0, 0], [q, k])
     for ours, wanted in zip(got, torch.autograd.grad(share[0, 0], [q, k]), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=0.0)
