@@ -122,11 +122,11 @@ def _column_share(attn: Tensor, lse: Tensor | None, listed: Tensor) -> tuple[Ten
     return weights / total, slope / total
 
 
-def _wide_attn(scoring: Scoring) -> Tensor:
-    """The probabilities of the patches in the type of the scores; 0 where they are not scored."""
+def _wide_attn(scoring: Scoring, listed: Tensor) -> Tensor:
+    """The probabilities of the patches in the type of the scores; 0 where they are not listed."""
     attn = scoring.attn[..., scoring.skip_keys :]
     attn = attn.to(torch.promote_types(attn.dtype, torch.float32))
-    return attn.masked_fill(~_listed(scoring), 0.0)
+    return attn.masked_fill(~listed, 0.0)
 
 
 def sync_scores(scoring: Scoring, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -143,9 +143,10 @@ def sync_scores(scoring: Scoring, share: Tensor | None = None) -> tuple[Tensor, 
         patch = mean.masked_fill(~valid.unsqueeze(-1), 0.0).sum(dim=1) / words
     per_patch = mean
     if scoring.token_score != "max":
-        attn = _wide_attn(scoring)
+        listed = _listed(scoring)
+        attn = _wide_attn(scoring, listed)
         if share is None:
-            share, _ = _column_share(attn, scoring.lse, _listed(scoring))
+            share, _ = _column_share(attn, scoring.lse, listed)
         per_patch = (share * attn if scoring.token_score == "dual" else share).mean(dim=(0, 2))
     if scoring.token_score == "dual":
         token = per_patch.sum(dim=-1)
@@ -180,8 +181,9 @@ def sync_scores_backward(
         grad_mean.scatter_add_(-1, best, token_grad)
     grad = grad_mean[None, :, None].expand(*scoring.attn.shape[:-1], mean.shape[-1])
     if scoring.token_score != "max":
-        attn = _wide_attn(scoring)
-        share, slope = _column_share(attn, scoring.lse, _listed(scoring))
+        listed = _listed(scoring)
+        attn = _wide_attn(scoring, listed)
+        share, slope = _column_share(attn, scoring.lse, listed)
         if scoring.token_score == "dual":
             grad_share = token_grad[None, :, None] * attn
             grad = grad + token_grad[None, :, None] * share
